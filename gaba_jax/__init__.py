@@ -1,0 +1,52 @@
+"""Balances the gradients of several losses that share one model, as an optax transform.
+
+Put :func:`gaba` first in the chain and feed it one gradient per task:
+
+>>> import jax
+>>> import jax.numpy as jnp
+>>> import optax
+>>> from gaba_jax import gaba, task_value_and_grad
+>>>
+>>> def losses_fn(params, x):
+...     h = jnp.tanh(x @ params["backbone"])
+...     return 500.0 * jnp.mean((h @ params["a"] - 1) ** 2), jnp.mean((h @ params["b"]) ** 2)
+>>>
+>>> params = {"backbone": jnp.ones((3, 2)), "a": jnp.ones(2), "b": jnp.ones(2)}
+>>> tx = optax.chain(gaba(warmup_steps=0, debias=True), optax.adamw(1e-3))
+>>> opt_state = tx.init(params)
+>>> losses, grads = task_value_and_grad(losses_fn)(params, jnp.ones((4, 3)))
+>>> updates, opt_state = tx.update(grads, opt_state, params)
+>>> params = optax.apply_updates(params, updates)
+>>> print(optax.tree.get(opt_state, "task_weights").round(2))  # the loud task is held down
+[0.05 0.95]
+
+Where things are: the rules in :mod:`gaba_jax.weighting`; what to log in
+:func:`balance_metrics`; the turbofan application, an extra, in ``gaba_jax.turbofan``.
+"""
+
+from importlib.metadata import version
+
+from gaba_jax import monitor, weighting
+from gaba_jax._advance import BalanceState
+from gaba_jax._selection import exclude, only
+from gaba_jax._transform import balance, gaba
+from gaba_jax._value_and_grad import task_names, task_value_and_grad
+from gaba_jax.monitor import balance_metrics
+from gaba_jax.weighting import TaskStats, Weighting
+
+__version__ = version("gaba-jax")
+
+__all__ = [
+    "BalanceState",
+    "TaskStats",
+    "Weighting",
+    "balance",
+    "balance_metrics",
+    "exclude",
+    "gaba",
+    "monitor",
+    "only",
+    "task_names",
+    "task_value_and_grad",
+    "weighting",
+]

@@ -1,0 +1,203 @@
+"""From one measurement to the next state: what every driver of a Weighting shares."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from gaba_jax._selection import Selection
+from gaba_jax._stats import TaskStats, combine_norms
+from gaba_jax.weighting._base import Weighting
+
+
+class BalanceState(NamedTuple):
+    """State of a balanced optimizer. Names and order are an on-disk promise.
+
+    Attributes:
+      task_weights: [K] float32, the weights that this update applied.
+      next_task_weights: [K] float32, what the weighting returned last, absent tasks included.
+      task_norms: [K] float32, the last accepted gradient norms; an absent task keeps its last.
+      task_cosines: [K, K] float32, likewise; None unless the weighting needs cosines.
+      seen_by_task: [leaves, K] bool, the leaves on which a task has had a nonzero gradient;
+        written only where sharing is found automatically.
+      since_measured: [] int32, updates since the last accepted measurement, 0 before the first.
+      nonfinite_count: [] int32, measurements rejected as not finite.
+      weighting_state: the weighting's own state.
+    """
+
+    task_weights: Float[Array, " tasks"]
+    next_task_weights: Float[Array, " tasks"]
+    task_norms: Float[Array, " tasks"]
+    task_cosines: Float[Array, "tasks tasks"] | None
+    seen_by_task: Bool[Array, "leaves tasks"]
+    since_measured: Int[Array, ""]
+    nonfinite_count: Int[Array, ""]
+    weighting_state: Any
+
+
+class Measurement(NamedTuple):
+    """What a driver measured in one update.
+
+    ``leaf_norms`` is [leaves, K] with zeros on leaves nobody asked for; ``cosines`` computes
+    [K, K] from (measured leaves [leaves] bool, norms [K]).
+    """
+
+    leaf_norms: Float[Array, "leaves tasks"]
+    cosines: Callable[[Array, Array], Array]
+
+
+def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
+    """The state before any update; nothing is measured yet."""
+    num_tasks = weighting.num_tasks
+    weights = jnp.asarray(weighting.initial_weights, jnp.float32)
+    return BalanceState(
+        task_weights=weights,
+        next_task_weights=jnp.array(weights),  # its own buffer, so that the state can be donated
+        task_norms=jnp.zeros([num_tasks], jnp.float32),
+        task_cosines=jnp.eye(num_tasks, dtype=jnp.float32)
+        if "cosines" in weighting.needs
+        else None,
+        seen_by_task=jnp.zeros([num_leaves, num_tasks], bool),
+        since_measured=jnp.zeros([], jnp.int32),
+        nonfinite_count=jnp.zeros([], jnp.int32),
+        weighting_state=weighting.init(),
+    )
+
+
+def measures_gradients(weighting: Weighting) -> bool:
+    """Whether the weighting reads anything of the gradients."""
+    return bool(weighting.needs & {"norms", "cosines"})
+
+
+def advance(
+    weighting: Weighting,
+    selection: Selection,
+    state: BalanceState,
+    measurement: Measurement | None,
+    *,
+    task_losses: Float[Array, " tasks"] | None,
+    present: Bool[Array, " tasks"],
+    usable: Bool[Array, " tasks"],
+) -> BalanceState:
+    """One measuring update of the state.
+
+    A measurement is rejected, and weights, averages and counters are held, when a norm or a needed
+    loss of a present task is not finite, when no leaf is shared, or when fewer than two tasks are
+    present.
+
+    Args:
+      weighting: the rule.
+      selection: which leaves are shared (None: found from the gradients) and may be measured.
+      state: the state before this update.
+      measurement: what was measured; None where the weighting reads no gradients.
+      task_losses: [K], where the weighting needs them.
+      present: [K] the tasks of this update.
+      usable: [K] the present tasks whose gradient enters the update.
+
+    Returns:
+      The state after it; ``task_weights`` are those to apply, 0 for tasks that are not usable.
+    """
+    seen, norms = state.seen_by_task, jnp.zeros_like(state.task_norms)
+    measured, measurable = None, jnp.array(True)
+    if measurement is not None:
+        leaf_norms = jnp.where(present, measurement.leaf_norms, 0)
+        measured = jnp.asarray(selection.measure_on, bool)
+        if selection.shared is None:
+            # A NaN counts as a gradient: the leaf is measured, and the measurement rejected.
+            seen = seen | (leaf_norms != 0)
+            measured &= jnp.sum(seen, axis=1) >= 2
+        else:
+            measured &= jnp.asarray(selection.shared, bool)
+        norms = combine_norms(leaf_norms, measured)
+        measurable = jnp.any(measured)
+    losses = None if task_losses is None else jnp.where(present, task_losses, 1)
+    finite = jnp.all(jnp.isfinite(norms))
+    if losses is not None:
+        finite &= jnp.all(jnp.isfinite(losses))
+    accepted = finite & measurable & (jnp.sum(present) >= 2)
+
+    # Where the measurement is rejected the rule runs on harmless numbers and its answer is dropped.
+    norms = jnp.where(accepted, norms, 0)
+    cosines, pairs = None, present[:, None] & present[None, :]
+    if measurement is not None and measured is not None and "cosines" in weighting.needs:
+        identity = jnp.eye(weighting.num_tasks, dtype=jnp.float32)
+        cosines = jnp.where(pairs & accepted, measurement.cosines(measured, norms), identity)
+    stats = TaskStats(
+        norms=norms,
+        cosines=cosines,
+        losses=None if losses is None else jnp.where(accepted, losses, 1),
+        present=present,
+        elapsed=jnp.maximum(state.since_measured, 1),
+    )
+    weights, weighting_state = weighting.update(stats, state.weighting_state)
+    new = BalanceState(
+        task_weights=state.task_weights,
+        next_task_weights=weights.astype(jnp.float32),
+        task_norms=jnp.where(present, norms, state.task_norms),
+        task_cosines=None
+        if cosines is None or state.task_cosines is None
+        else jnp.where(pairs, cosines, state.task_cosines),
+        seen_by_task=seen,
+        since_measured=jnp.ones([], jnp.int32),
+        nonfinite_count=state.nonfinite_count,
+        weighting_state=weighting_state,
+    )
+    held = state._replace(
+        # For want of leaves or tasks, what was seen is kept; not after a non-finite gradient.
+        seen_by_task=jnp.where(finite, seen, state.seen_by_task),
+        nonfinite_count=jnp.where(
+            finite, state.nonfinite_count, optax.safe_increment(state.nonfinite_count)
+        ),
+    )
+    state = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
+    return state._replace(task_weights=restrict(state.next_task_weights, usable))
+
+
+def restrict(
+    weights: Float[Array, " tasks"], usable: Bool[Array, " tasks"]
+) -> Float[Array, " tasks"]:
+    """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none."""
+    total = jnp.sum(weights)
+    kept = jnp.where(usable, weights, 0)
+    held = jnp.sum(kept)
+    equal = jnp.where(usable, total / jnp.maximum(jnp.sum(usable), 1), 0)
+    rest = jnp.where(held > 0, kept * (total / jnp.where(held > 0, held, 1)), equal)
+    return jnp.where(jnp.all(usable), weights, rest).astype(jnp.float32)
+
+
+def task_presence(task_mask: ArrayLike | None, num_tasks: int) -> Bool[Array, " tasks"]:
+    """The mask as [K] bool; all True for None."""
+    if task_mask is None:
+        return jnp.ones([num_tasks], bool)
+    mask = jnp.asarray(task_mask)
+    if mask.shape != (num_tasks,) or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"task_mask must be a bool array of shape ({num_tasks},), True for the tasks that take "
+            f"part in this update; got {mask.dtype} of shape {mask.shape}."
+        )
+    return mask
+
+
+def needed_losses(
+    weighting: Weighting, task_losses: ArrayLike | None
+) -> Float[Array, " tasks"] | None:
+    """The losses as [K] float32 where the weighting needs them, else None."""
+    if "losses" not in weighting.needs:
+        return None
+    remedy = "tx.update(grads, opt_state, params, task_losses=losses)"
+    if task_losses is None:
+        raise ValueError(
+            f"this weighting needs the task losses: call {remedy}. A train state whose "
+            "apply_gradients takes no extra arguments does not pass them on."
+        )
+    losses = jnp.asarray(task_losses)
+    if losses.shape != (weighting.num_tasks,):
+        raise ValueError(
+            f"task_losses must have shape ({weighting.num_tasks},), one loss per task, got shape "
+            f"{losses.shape}: call {remedy} with the losses that task_value_and_grad returned."
+        )
+    return losses.astype(jnp.float32)

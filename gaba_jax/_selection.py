@@ -1,0 +1,147 @@
+"""Which parameters are shared between the tasks, and on which of those norms are measured."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import Tracer
+
+from gaba_jax._contract import leaf_names
+
+Selector = Any  # a pytree of bools, or a callable params -> pytree of bools
+
+
+class Selection(NamedTuple):
+    """Static, per leaf in tree order. ``shared`` is None where the gradients are to tell."""
+
+    shared: tuple[bool, ...] | None
+    measure_on: tuple[bool, ...]
+
+
+class _ByName:
+    """A callable ``params -> mask`` (the optax convention) that goes by key paths."""
+
+    def __init__(self, kind: str, names: tuple[str, ...]):
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(
+                f"{kind}{names!r}: give one or more non-empty names, such as {kind}('backbone')."
+            )
+        self._kind = kind
+        self._names = names
+
+    def __repr__(self) -> str:
+        return f"{self._kind}({', '.join(map(repr, self._names))})"
+
+    def __call__(self, params: Any) -> Any:
+        paths = leaf_names(params)
+        for name in self._names:
+            if paths and not any(_matches(name, path) for path in paths):
+                raise ValueError(
+                    f"{self!r}: {name!r} matches no parameter. A name matches whole segments of "
+                    f"a path; the paths are: {', '.join(paths)}"
+                )
+        matched = [any(_matches(name, path) for name in self._names) for path in paths]
+        chosen = matched if self._kind == "only" else [not match for match in matched]
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+
+def exclude(*names: str) -> Callable[[Any], Any]:
+    """Selects every parameter but those under the given names.
+
+    Args:
+      *names: each matches whole segments of the dotted key path
+        (``jax.tree_util.keystr(path, simple=True, separator=".")``, without Flax's trailing
+        ``.value``); ``fnmatch`` globs are allowed: ``"head*"``, ``"decoder.*.kernel"``.
+
+    Returns:
+      A callable ``params -> mask``, a pytree of bools, for ``shared=`` or ``measure_on=`` (or any
+      optax argument that takes a mask).
+
+    Raises:
+      ValueError: no name is given; or, when called, a name matches nothing.
+
+    Example:
+      >>> import gaba_jax
+      >>> params = {"backbone": {"w": 1.0}, "rul_head": {"w": 1.0}, "health_head": {"w": 1.0}}
+      >>> gaba_jax.exclude("*_head")(params)
+      {'backbone': {'w': True}, 'health_head': {'w': False}, 'rul_head': {'w': False}}
+    """
+    return _ByName("exclude", names)
+
+
+def only(*names: str) -> Callable[[Any], Any]:
+    """Selects the parameters under the given names and no others.
+
+    Args:
+      *names: as for :func:`exclude`.
+
+    Returns:
+      A callable ``params -> mask``, a pytree of bools.
+
+    Raises:
+      ValueError: no name is given; or, when called, a name matches nothing.
+
+    Example:
+      >>> import gaba_jax
+      >>> gaba_jax.only("backbone.last")({"backbone": {"first": 1.0, "last": 1.0}, "head": 1.0})
+      {'backbone': {'first': False, 'last': True}, 'head': False}
+    """
+    return _ByName("only", names)
+
+
+def _matches(name: str, path: str) -> bool:
+    wanted, segments = name.removesuffix(".value").split("."), path.split(".")
+    return any(
+        all(map(fnmatch.fnmatchcase, segments[start:], wanted))
+        for start in range(len(segments) - len(wanted) + 1)
+    )
+
+
+def select(shared: Selector | None, measure_on: Selector | None, params: Any) -> Selection:
+    """Resolves both selectors on a tree of parameters (arrays or ShapeDtypeStructs).
+
+    Raises:
+      ValueError: a selection, or what the two have in common, holds no leaf.
+    """
+    paths = leaf_names(params)
+    shared_mask = None if shared is None else _resolve("shared", shared, params, paths)
+    measure_mask = (
+        (True,) * len(paths)
+        if measure_on is None
+        else _resolve("measure_on", measure_on, params, paths)
+    )
+    if shared_mask is not None and paths:
+        measured = tuple(a and b for a, b in zip(shared_mask, measure_mask, strict=True))
+        if not any(measured):
+            raise ValueError(
+                f"{shared=} and {measure_on=} have no leaf in common, so there is nothing to "
+                f"measure. The paths are: {', '.join(paths)}"
+            )
+    return Selection(shared_mask, measure_mask)
+
+
+def _resolve(
+    argument: str, selector: Selector, params: Any, paths: Sequence[str]
+) -> tuple[bool, ...]:
+    # A callable that is itself a tree (an Equinox module) is a mask.
+    is_function = callable(selector) and jax.tree_util.all_leaves([selector])
+    mask = selector(params) if is_function else selector
+    try:
+        # A mask may be a prefix of the tree, as in optax.
+        broadcast = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), mask, params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{argument} must be a pytree of bools with the structure of the parameters (or a "
+            f"prefix of it); it does not fit: {error}"
+        ) from error
+    leaves = jax.tree.leaves(broadcast)
+    for leaf, path in zip(leaves, paths, strict=True):
+        if isinstance(leaf, Tracer) or leaf not in (True, False):
+            raise ValueError(
+                f"{argument} must be a pytree of concrete bools; at {path!r} it is {leaf!r}. Use "
+                "exclude(...), only(...) or a callable params -> mask."
+            )
+    if paths and not any(leaves):
+        raise ValueError(f"{argument} selects no parameter. The paths are: {', '.join(paths)}")
+    return tuple(bool(leaf) for leaf in leaves)

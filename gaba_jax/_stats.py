@@ -1,0 +1,156 @@
+"""What is measured on the task gradients: norms and cosines, safe from 1e-30 to 1e30."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+# One factor per regime keeps the squares inside float32's range, underflow included.
+_USUAL_SCALE = 2.0**37  # norms from 1e-22 to 1e8; a sum of zero is a true zero down to 1e-30
+_TINY_SCALE = 2.0**100
+_HUGE_SCALE = 2.0**-70
+_USUAL_RANGE = (1e-22, 1e8)
+
+
+class TaskStats(NamedTuple):
+    """What a :class:`gaba_jax.weighting.Weighting` sees of K tasks at one update.
+
+    A task that is absent (``present`` is False) has norm 0, cosines 0 and loss 1.
+
+    Attributes:
+      norms: [K] float32, L2 norms of the task gradients on the measured parameters.
+      cosines: [K, K], cosines between them (diagonal 1; a gradient of norm zero has cosine 0 to
+        the others); None unless the weighting needs them.
+      losses: [K], the task losses; None unless the weighting needs them.
+      present: [K] bool, the tasks that take part in this update.
+      elapsed: [] int32, updates since the measurement before this one; 1 at the first.
+    """
+
+    norms: Float[Array, " tasks"]
+    cosines: Float[Array, "tasks tasks"] | None
+    losses: Float[Array, " tasks"] | None
+    present: Bool[Array, " tasks"]
+    elapsed: Int[Array, ""]
+
+
+def safe_norms(
+    sum_squares: Callable[[Float[Array, "leaves tasks"]], Float[Array, "leaves tasks"]],
+    shape: tuple[int, int],
+) -> Float[Array, "leaves tasks"]:
+    """Norm per leaf and task from sums of squares taken at a scale.
+
+    Args:
+      sum_squares: ``scale -> sums`` with ``sums[l, i] = sum((scale[l, i] * leaf_l[i])**2)``.
+      shape: (leaves, tasks).
+
+    Returns:
+      [leaves, tasks] float32 norms.
+    """
+    low, high = _USUAL_RANGE
+
+    # One pass nearly always. The loop makes a second one where a norm left the usual range, from
+    # one compiled copy; the scale is loop-carried, so XLA cannot pull it out of the square.
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        scale, _, passes = carry
+        return (passes == 0) | ((passes == 1) & jnp.any(scale != _USUAL_SCALE))
+
+    def measure(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        scale, _, passes = carry
+        norms = jnp.sqrt(sum_squares(scale)) / scale
+        tiny = (norms > 0) & (norms < low)
+        huge = ~(norms <= high)  # an overflow to inf, or a NaN
+        rescaled = jnp.where(huge, _HUGE_SCALE, jnp.where(tiny, _TINY_SCALE, _USUAL_SCALE))
+        return jnp.where(passes == 0, rescaled, scale).astype(jnp.float32), norms, passes + 1
+
+    start = (
+        jnp.full(shape, _USUAL_SCALE, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros([], jnp.int32),
+    )
+    return lax.while_loop(unfinished, measure, start)[1]
+
+
+def sum_of_squares(slice_: Array, scale: Float[Array, ""]) -> Float[Array, ""]:
+    """``sum(|scale * x|**2)`` of one task's gradient on one leaf, in float32 at least."""
+    accurate = _accumulator(slice_)
+    if jnp.issubdtype(slice_.dtype, jnp.complexfloating):
+        parts: tuple[Array, ...] = (slice_.real, slice_.imag)
+    else:
+        parts = (slice_,)
+    return sum(
+        (jnp.sum(jnp.square(part.astype(accurate) * scale.astype(accurate))) for part in parts),
+        start=jnp.zeros([], accurate),
+    )
+
+
+def leaf_norms(
+    leaves: Sequence[Array], wanted: Sequence[bool], num_tasks: int
+) -> Float[Array, "leaves tasks"]:
+    """Norms of stacked gradients per leaf and task; 0 where a leaf is not wanted.
+
+    Slice by slice: XLA folds a slice of a stack, so the stack need not be read again.
+    """
+
+    def sum_squares(scale: Array) -> Array:
+        zeros = jnp.zeros([num_tasks], jnp.float32)
+        rows = [
+            jnp.stack([_rooted(leaf[i], scale[index, i]) for i in range(num_tasks)])
+            if want
+            else zeros
+            for index, (leaf, want) in enumerate(zip(leaves, wanted, strict=True))
+        ]
+        return jnp.stack(rows)
+
+    def _rooted(slice_: Array, scale: Array) -> Array:
+        # float64 sums come back to float32 before the root: their scaled square fits there too.
+        return sum_of_squares(slice_, scale).astype(jnp.float32)
+
+    if not leaves:
+        return jnp.zeros([0, num_tasks], jnp.float32)
+    return safe_norms(sum_squares, (len(leaves), num_tasks))
+
+
+def combine_norms(
+    norms: Float[Array, "leaves tasks"], measured: Bool[Array, " leaves"]
+) -> Float[Array, " tasks"]:
+    """The norm over all measured leaves, ``sqrt(sum_l norms[l]**2)``, without overflow."""
+    chosen = jnp.where(measured[:, None], norms, 0)
+    largest = jnp.max(chosen, axis=0, initial=0)
+    divisor = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return divisor * jnp.sqrt(jnp.sum(jnp.square(chosen / divisor), axis=0))
+
+
+def cosines(
+    leaves: Sequence[Array],
+    measured: Bool[Array, " leaves"],
+    norms: Float[Array, " tasks"],
+) -> Float[Array, "tasks tasks"]:
+    """Cosines between the task gradients, accumulated from unit gradients.
+
+    Dividing by the norm first keeps every product below 1, whatever the scale of a task.
+    """
+    num_tasks = norms.shape[0]
+    usable = (norms > 0) & jnp.isfinite(norms)
+    unit = jnp.where(usable, 1 / jnp.where(usable, norms, 1), 0)
+    gram = jnp.zeros([num_tasks, num_tasks], jnp.float32)
+    for index, leaf in enumerate(leaves):
+        accurate = _accumulator(leaf)
+        factor = jnp.where(measured[index], unit, 0).astype(accurate)
+        axes = tuple(range(1, leaf.ndim))
+        scaled = leaf.astype(jnp.promote_types(leaf.dtype, accurate)) * jnp.expand_dims(
+            factor, axes
+        )
+        dots = lax.dot_general(
+            scaled.conj(), scaled, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+        )
+        gram = gram + dots.real.astype(jnp.float32)
+    diagonal = jnp.eye(num_tasks, dtype=bool)
+    return jnp.where(diagonal, 1, jnp.clip(gram, -1, 1)).astype(jnp.float32)
+
+
+def _accumulator(array: Array) -> jnp.dtype:
+    """Float32, or float64 for leaves of that width."""
+    wide = jnp.finfo(array.dtype).bits > 32
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)

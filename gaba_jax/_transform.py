@@ -1,0 +1,273 @@
+"""Weightings as optax transforms that turn stacked gradients into one balanced update."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from gaba_jax import _stats
+from gaba_jax import weighting as weightings
+from gaba_jax._advance import (
+    Measurement,
+    advance,
+    init_state,
+    measures_gradients,
+    needed_losses,
+    task_presence,
+)
+from gaba_jax._contract import check_stacked
+from gaba_jax._selection import Selection, Selector, select
+from gaba_jax.weighting._base import Number, Weighting, check_weighting
+from gaba_jax.weighting._stabilize import Floor
+
+Nonfinite = Literal["propagate", "drop"]
+
+
+def balance(
+    weighting: Weighting,
+    *,
+    shared: Selector | None = None,
+    measure_on: Selector | None = None,
+    weight_task_specific: bool = True,
+    nonfinite: Nonfinite = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Balances stacked task gradients with any weighting. First in the chain.
+
+    .. math:: u = \sum_i \lambda_i \nabla L_i
+
+    with the weights :math:`\lambda` held constant. It reads gradients with a leading task axis, as
+    :func:`gaba_jax.task_value_and_grad` returns them, and emits updates of the parameters' own
+    shapes and dtypes, for any optax transform after it.
+
+    Args:
+      weighting: a rule from :mod:`gaba_jax.weighting`.
+      shared: the parameters that the tasks share, on which the gradient norms are taken: a pytree
+        of bools, a callable ``params -> mask``, :func:`gaba_jax.exclude` or
+        :func:`gaba_jax.only`. None (default) finds them from the gradients: a leaf is shared once
+        two tasks have had a nonzero gradient on it. (One leaf that holds all heads, [d, K], counts
+        as shared.)
+      measure_on: the shared parameters on which norms are taken, likewise; default all of them.
+      weight_task_specific: True (default) gives task-specific leaves ``w_i g_i``, the gradient of
+        the weighted loss; False gives them plain ``g_i``, and needs an explicit ``shared``.
+      nonfinite: "propagate" (default) leaves NaN and Inf in the update (pair it with
+        ``optax.apply_if_finite`` after this transform); "drop" leaves a task with a non-finite
+        value on any leaf out of this update and rescales the weights of the others. Either way
+        the average is not touched by such an update.
+
+    Returns:
+      A transform with a :class:`BalanceState`. Its ``update(updates, state, params=None, *,
+      task_losses=None, task_mask=None)`` takes leaves [K, \*param.shape]; ``task_losses`` [K], for
+      weightings that need them; ``task_mask`` [K] bool, the tasks that are in this batch. The
+      gradient of an absent task is never read. Other extra arguments are ignored.
+
+    Raises:
+      ValueError: on a wrong argument, at construction; on a selection that holds no parameter, at
+        ``init``; on a wrong shape or a missing ``task_losses``, when ``update`` is traced.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gaba_jax import balance, task_value_and_grad, weighting
+      >>> def losses_fn(params, x):
+      ...     h = jnp.tanh(x @ params["backbone"])
+      ...     return 500.0 * jnp.mean(h @ params["a"]), jnp.mean((h @ params["b"]) ** 2)
+      >>> params = {"backbone": jnp.ones((3, 2)), "a": jnp.ones(2), "b": jnp.ones(2)}
+      >>> tx = optax.chain(balance(weighting.inverse_norm(2)), optax.sgd(1e-2))
+      >>> opt_state = tx.init(params)
+      >>> losses, grads = task_value_and_grad(losses_fn)(params, jnp.ones((4, 3)))
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> state = opt_state[0]
+      >>> contributions = state.task_weights * state.task_norms  # equal, 500x apart before
+      >>> bool(jnp.allclose(contributions[0], contributions[1]))
+      True
+    """
+    check_weighting(weighting)
+    check_driver_arguments(shared, weight_task_specific, nonfinite)
+    num_tasks = weighting.num_tasks
+
+    def init_fn(params: Any) -> Any:
+        select(shared, measure_on, params)
+        return init_state(weighting, len(jax.tree.leaves(params)))
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        task_losses: ArrayLike | None = None,
+        task_mask: ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del extra_args
+        check_stacked(updates, params, num_tasks, state.seen_by_task.shape[0])
+        task_losses = needed_losses(weighting, task_losses)
+        present = task_presence(task_mask, num_tasks)
+        selection = select(
+            shared,
+            measure_on,
+            jax.tree.map(lambda u: jax.ShapeDtypeStruct(u.shape[1:], u.dtype), updates),
+        )
+        leaves = jax.tree.leaves(updates)
+        measurement, usable = None, present
+        reads = measures_gradients(weighting)
+        if reads or nonfinite == "drop":
+            constants = jax.tree.map(jax.lax.stop_gradient, leaves)
+            measurement = Measurement(
+                _stats.leaf_norms(constants, _wanted(selection, nonfinite), num_tasks),
+                lambda measured, norms: _stats.cosines(constants, measured, norms),
+            )
+            if nonfinite == "drop":
+                usable = present & jnp.all(jnp.isfinite(measurement.leaf_norms), axis=0)
+        state = advance(
+            weighting,
+            selection,
+            state,
+            measurement if reads else None,
+            task_losses=task_losses,
+            present=present,
+            usable=usable,
+        )
+        all_read = task_mask is None and nonfinite == "propagate"
+        combined = [
+            _combine(leaf, coefficients, None if all_read else usable)
+            for leaf, coefficients in zip(
+                leaves,
+                leaf_coefficients(state.task_weights, usable, selection, weight_task_specific),
+                strict=True,
+            )
+        ]
+        return jax.tree.unflatten(jax.tree.structure(updates), combined), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def gaba(
+    num_tasks: int = 2,
+    *,
+    beta: Number = 0.99,
+    warmup_steps: int | Array = 100,
+    min_weight: Number = 0.05,
+    floor: Floor = "renormalize",
+    debias: bool = False,
+    task_priorities: ArrayLike | None = None,
+    shared: Selector | None = None,
+    measure_on: Selector | None = None,
+    weight_task_specific: bool = True,
+    nonfinite: Nonfinite = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gradient-Aware Balanced Adaptation of K losses that share one model.
+
+    .. math:: \lambda_i = \frac{\sum_{j \ne i} g_j}{(K - 1) \sum_j g_j}
+
+    with :math:`g_i` the L2 norm of task i's gradient on the shared parameters. The weights are
+    1/K for ``warmup_steps`` updates, then averaged with decay ``beta`` and kept above a floor. For
+    K = 2 the contributions :math:`\lambda_i g_i` become equal, whatever the scale of the losses.
+    The defaults are the published constants.
+
+    When not to use it: for losses whose gradients differ by less than 10x plain weights suffice;
+    for K > 2 a weight is at most 1/(K-1), see :func:`gaba_jax.weighting.inverse_norm`.
+
+    Args:
+      num_tasks: number of tasks K >= 2, default 2.
+      beta: decay of the average in [0, 1), default 0.99 (about 100 updates); 0 is no smoothing.
+      warmup_steps: updates with weights 1/K before averaging starts, default 100.
+      min_weight: floor under each weight, in [0, 1/K], default 0.05.
+      floor: "renormalize" (default, published: clamp, then divide by the sum, which can end below
+        the floor) or "project" (holds it exactly).
+      debias: start the average at the first measurement instead of at 1/K, default False.
+      task_priorities: [K] positive; with K = 2 the contributions are in this ratio. Default equal.
+      shared: the shared parameters, default found from the gradients; see :func:`balance`.
+      measure_on: where norms are taken, default all shared parameters; see :func:`balance`.
+      weight_task_specific: see :func:`balance`.
+      nonfinite: "propagate" (default) or "drop"; see :func:`balance`.
+
+    Returns:
+      A transform that turns leaves [K, \*param.shape] into leaves [\*param.shape]; see
+      :func:`balance`. First in the chain.
+
+    Raises:
+      ValueError: ``num_tasks`` < 2, ``beta`` outside [0, 1), ``warmup_steps`` negative,
+        ``min_weight`` above 1/K, or any of the errors of :func:`balance`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gaba_jax import gaba, task_value_and_grad
+      >>> def losses_fn(params, x, rul, health):
+      ...     h = jnp.tanh(x @ params["backbone"])
+      ...     rul_loss = jnp.mean((h @ params["rul_head"] - rul) ** 2)
+      ...     logits = h @ params["health_head"]
+      ...     return rul_loss, optax.losses.softmax_cross_entropy_with_integer_labels(
+      ...         logits, health).mean()
+      >>> params = {"backbone": jnp.ones((4, 8)), "rul_head": jnp.ones(8),
+      ...           "health_head": jnp.ones((8, 3))}
+      >>> tx = optax.chain(gaba(), optax.adamw(1e-3))
+      >>> opt_state = tx.init(params)
+      >>> @jax.jit
+      ... def train_step(params, opt_state, *batch):
+      ...     losses, grads = task_value_and_grad(losses_fn)(params, *batch)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
+      ...     return optax.apply_updates(params, updates), opt_state, losses
+      >>> batch = jnp.ones((5, 4)), jnp.full(5, 100.0), jnp.arange(5) % 3
+      >>> params, opt_state, losses = train_step(params, opt_state, *batch)
+      >>> optax.tree.get(opt_state, "task_weights")  # 1/K during the warm-up
+      Array([0.5, 0.5], dtype=float32)
+    """
+    return balance(
+        weightings.gaba(
+            num_tasks,
+            beta=beta,
+            warmup_steps=warmup_steps,
+            min_weight=min_weight,
+            floor=floor,
+            debias=debias,
+            task_priorities=task_priorities,
+        ),
+        shared=shared,
+        measure_on=measure_on,
+        weight_task_specific=weight_task_specific,
+        nonfinite=nonfinite,
+    )
+
+
+def check_driver_arguments(
+    shared: Selector | None, weight_task_specific: bool, nonfinite: Nonfinite
+) -> None:
+    """Raises ValueError on arguments that no driver takes."""
+    if nonfinite not in ("propagate", "drop"):
+        raise ValueError(f'{nonfinite=} must be "propagate" or "drop".')
+    if not weight_task_specific and shared is None:
+        raise ValueError(
+            "weight_task_specific=False needs an explicit shared=..., such as "
+            'exclude("rul_head", "health_head"): what is task-specific must be known before the '
+            "first gradient."
+        )
+
+
+def leaf_coefficients(
+    task_weights: Array, usable: Array, selection: Selection, weight_task_specific: bool
+) -> list[Array]:
+    """[K] factors of the task gradients, per leaf."""
+    plain = usable.astype(task_weights.dtype)
+    shared = selection.shared or (True,) * len(selection.measure_on)
+    return [task_weights if s or weight_task_specific else plain for s in shared]
+
+
+def _wanted(selection: Selection, nonfinite: Nonfinite) -> tuple[bool, ...]:
+    """The leaves whose norms somebody reads."""
+    if nonfinite == "drop":
+        return (True,) * len(selection.measure_on)
+    if selection.shared is None:
+        return selection.measure_on
+    return tuple(s and m for s, m in zip(selection.shared, selection.measure_on, strict=True))
+
+
+def _combine(leaf: Array, coefficients: Array, usable: Array | None) -> Array:
+    """``sum_i coefficients[i] * leaf[i]``, slice by slice, never reading an unusable task."""
+    accurate = jnp.promote_types(leaf.dtype, jnp.float32)
+    total = jnp.zeros(leaf.shape[1:], accurate)
+    for i in range(leaf.shape[0]):
+        term = leaf[i].astype(accurate) * coefficients[i].astype(accurate)
+        total = total + (term if usable is None else jnp.where(usable[i], term, 0))
+    return total.astype(leaf.dtype)

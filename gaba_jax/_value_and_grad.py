@@ -1,0 +1,159 @@
+"""Losses and stacked gradients of several tasks from one forward pass."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from gaba_jax._contract import path_name
+
+Method = Literal["unroll", "vmap", "scan"]
+
+
+def task_value_and_grad(
+    losses_fn: Callable[..., Any], *, has_aux: bool = False, method: Method = "unroll"
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Evaluates K losses and the gradient of each, as :func:`jax.value_and_grad` does for one.
+
+    One forward pass; its residuals serve K backward passes.
+
+    Args:
+      losses_fn: ``losses_fn(params, *args, **kwargs)`` returns the K task losses: a [K] array, or
+        a tuple, list or dict of K scalars (a dict in pytree order, its keys sorted).
+      has_aux: whether ``losses_fn`` returns ``(losses, aux)``.
+      method: how the K backward passes run. "unroll" (default): one after the other in the
+        program, fastest; "vmap": batched, the most memory; "scan": in a loop, for a program whose
+        size does not grow with K. The numbers are the same.
+
+    Returns:
+      A function of the same arguments that returns ``(losses, grads)``: losses [K], and grads with
+      the structure of ``params`` and leaves [K, \*param.shape]. With ``has_aux``,
+      ``((losses, aux), grads)``.
+
+      A NaN in one task does not reach the gradients of the others under "unroll", where losses
+      are returned separately (tuple, list, dict): each is transposed by itself. A stacked [K] array
+      cannot be told apart, and "vmap" and "scan" send zeros through every task: zero times
+      NaN is NaN.
+
+    Raises:
+      ValueError: an unknown method; losses that are no real scalars.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from gaba_jax import task_value_and_grad
+      >>> def losses_fn(w, x):
+      ...     y = x @ w
+      ...     return {"mean": y.mean(), "energy": (y**2).sum()}
+      >>> losses, grads = task_value_and_grad(losses_fn)(jnp.ones(2), jnp.eye(2))
+      >>> losses, grads  # sorted keys: "energy" first
+      (Array([2., 1.], dtype=float32), Array([[2. , 2. ],
+             [0.5, 0.5]], dtype=float32))
+    """
+    if method not in ("unroll", "vmap", "scan"):
+        raise ValueError(f'{method=} must be "unroll", "vmap" or "scan".')
+
+    def value_and_grad(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        def of_params(params: Any) -> Any:
+            out = losses_fn(params, *args, **kwargs)
+            losses, aux = _split_aux(out) if has_aux else (out, None)
+            _check_losses(losses)
+            return losses, aux
+
+        losses, pushforward, aux = jax.linearize(of_params, params, has_aux=True)
+        stacked = _stack(losses)
+        num_tasks = stacked.shape[0]
+
+        def gradient_of(pick: Callable[[Any], Array], cotangent: Array) -> Any:
+            # Transposing what one loss depends on leaves the others out of the backward pass.
+            transposed = jax.linear_transpose(lambda tangent: pick(pushforward(tangent)), params)
+            return transposed(cotangent)[0]
+
+        if method == "unroll":
+            one = jnp.ones_like(stacked[0])
+            each = [
+                gradient_of(lambda out, i=i: _pick(out, i).astype(one.dtype), one)
+                for i in range(num_tasks)
+            ]
+            grads = jax.tree.map(lambda *slices: jnp.stack(slices), *each)
+        else:
+            one_hot = jnp.eye(num_tasks, dtype=stacked.dtype)
+            over_tasks = (
+                jax.vmap if method == "vmap" else functools.partial(functools.partial, lax.map)
+            )
+            grads = over_tasks(functools.partial(gradient_of, _stack))(one_hot)
+        return ((stacked, aux) if has_aux else stacked), grads
+
+    return value_and_grad
+
+
+def task_names(losses: Any) -> tuple[str, ...]:
+    """Names of the K losses, in the order of the task axis.
+
+    Args:
+      losses: what ``losses_fn`` returned: a dict (its keys, sorted), or a tuple, list or [K] array
+        (their positions).
+
+    Returns:
+      K names.
+
+    Example:
+      >>> from gaba_jax import task_names
+      >>> task_names({"rul": 1.0, "health": 2.0})
+      ('health', 'rul')
+    """
+    if _is_stacked(losses):
+        return tuple(map(str, range(losses.shape[0])))
+    return tuple(path_name(path) for path, _ in jax.tree.leaves_with_path(losses))
+
+
+def _is_stacked(losses: Any) -> bool:
+    return hasattr(losses, "ndim") and losses.ndim == 1
+
+
+def _pick(losses: Any, index: int) -> Array:
+    return losses[index] if _is_stacked(losses) else jax.tree.leaves(losses)[index]
+
+
+def _stack(losses: Any) -> Array:
+    """The losses as one [K] array, float64 if one of them is, else float32."""
+    each = [losses] if _is_stacked(losses) else jax.tree.leaves(losses)
+    wide = any(loss.dtype == jnp.float64 for loss in each)
+    dtype = jnp.float64 if wide else jnp.float32
+    each = [loss.astype(dtype) for loss in each]
+    return each[0] if _is_stacked(losses) else jnp.stack(each)
+
+
+def _split_aux(out: Any) -> tuple[Any, Any]:
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ValueError(
+            f"with has_aux=True losses_fn must return a pair (losses, aux), got {type(out)}."
+        )
+    return out
+
+
+def _check_losses(losses: Any) -> None:
+    leaves = jax.tree.leaves_with_path(losses)
+    if not leaves:
+        raise ValueError("losses_fn returned no losses.")
+    if len(leaves) == 1 and leaves[0][1] is losses and jnp.shape(losses) == ():
+        raise ValueError(
+            "losses_fn returned one scalar; return the K task losses apart, as a tuple, a dict or "
+            "a [K] array, instead of their sum."
+        )
+    for path, loss in leaves:
+        shape = jnp.shape(loss)
+        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(
+                f"losses_fn must return real floating-point losses; loss {path_name(path)!r} has "
+                f"dtype {jnp.result_type(loss)}."
+            )
+        if shape and not (_is_stacked(losses) and shape[0] > 0):
+            raise ValueError(
+                "losses_fn must return a [K] array, or a tuple, list or dict of K scalars; loss "
+                f"{path_name(path)!r} has shape {shape}. Reduce it first, with .mean() or .sum(); "
+                "with an auxiliary output pass has_aux=True."
+            )

@@ -1,0 +1,121 @@
+"""The Weighting interface, and what several rules need."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from gaba_jax._stats import TaskStats
+
+Number = float | Array  # a Python number, or a scalar array that may be traced
+
+
+class Weighting(NamedTuple):
+    """A pure rule from what was measured on K task gradients to K task weights.
+
+    Any Weighting runs in :func:`gaba_jax.balance`. It never sees a parameter or a gradient.
+
+    Attributes:
+      num_tasks: K.
+      needs: which of "norms", "cosines" and "losses" the rule reads. What no rule needs is not
+        measured.
+      init: ``() -> state``, a pytree of arrays with explicit dtypes.
+      update: ``(stats, state) -> (task_weights [K], state)``, with ``stats`` a
+        :class:`TaskStats`. It is called for accepted measurements only, so the norms are finite.
+        It returns a weight for absent tasks too: they are left out of the update afterwards.
+      initial_weights: [K], the weights before any measurement.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax
+      >>> from gaba_jax.weighting import Weighting
+      >>> def quietest_takes_all(num_tasks):
+      ...     def update(stats, state):
+      ...         norms = jnp.where(stats.present, stats.norms, jnp.inf)
+      ...         return jnp.float32(norms == norms.min()), state
+      ...     equal = np.full(num_tasks, 1 / num_tasks, np.float32)
+      ...     return Weighting(num_tasks, frozenset({"norms"}), optax.EmptyState, update, equal)
+    """
+
+    num_tasks: int
+    needs: frozenset[str]
+    init: Callable[[], Any]
+    update: Callable[[TaskStats, Any], tuple[Array, Any]]
+    initial_weights: ArrayLike
+
+
+def check_num_tasks(num_tasks: Any, least: int = 1) -> int:
+    """Raises ValueError unless ``num_tasks`` is a Python integer >= least."""
+    if isinstance(num_tasks, Tracer | jax.Array):
+        raise ValueError(
+            f"num_tasks must be a Python int, got {num_tasks!r}. Under optax.inject_hyperparams "
+            'name it in static_args=("num_tasks",).'
+        )
+    if not isinstance(num_tasks, int | np.integer) or isinstance(num_tasks, bool):
+        raise ValueError(f"num_tasks must be an integer, got {num_tasks!r}.")
+    if num_tasks < least:
+        raise ValueError(f"{num_tasks=} must be at least {least}.")
+    return int(num_tasks)
+
+
+def concrete(value: Number) -> float | None:
+    """The value as a float, None where it is traced and cannot be looked at."""
+    return None if isinstance(value, Tracer) else float(value)
+
+
+def check_weighting(weighting: Any) -> None:
+    """Raises ValueError unless ``weighting`` is a Weighting with known needs."""
+    if not isinstance(weighting, Weighting):
+        raise ValueError(
+            f"weighting must be a gaba_jax.weighting.Weighting, got {weighting!r}. "
+            "Call the rule first: balance(weighting.inverse_norm(3))."
+        )
+    unknown = weighting.needs - {"norms", "cosines", "losses"}
+    if unknown:
+        raise ValueError(
+            f'{weighting.needs=} names {sorted(unknown)}; a rule can need "norms", "cosines" '
+            'and "losses".'
+        )
+
+
+def equal_weights(num_tasks: int) -> np.ndarray:
+    """[K] weights 1/K."""
+    return np.full(num_tasks, 1 / num_tasks, np.float32)
+
+
+def task_vector(argument: str, value: ArrayLike | None, num_tasks: int) -> Array | None:
+    """A positive [K] vector as float32, checked where it is concrete; None stays None."""
+    if value is None:
+        return None
+    vector = jnp.asarray(value, jnp.float32)
+    if vector.shape != (num_tasks,):
+        raise ValueError(
+            f"{argument} must have shape ({num_tasks},), one value per task; "
+            f"got shape {vector.shape}."
+        )
+    if not isinstance(vector, Tracer) and not bool(jnp.all((vector > 0) & jnp.isfinite(vector))):
+        raise ValueError(f"{argument} must be positive and finite, got {vector}.")
+    return vector
+
+
+def over_present(
+    raw: Float[Array, " tasks"],
+    present: Bool[Array, " tasks"],
+    priorities: Float[Array, " tasks"] | None = None,
+) -> Float[Array, " tasks"]:
+    """Normalises raw weights >= 0 over the present tasks; an absent task has its equal share 1/K.
+
+    All-zero raw weights count as equal ones.
+    """
+    count = jnp.sum(present).astype(jnp.float32)
+    raw = jnp.where(present, raw, 0)
+    raw = jnp.where(jnp.any(raw > 0), raw, present.astype(jnp.float32))
+    if priorities is not None:
+        raw = raw * priorities
+    shares = raw / jnp.where(count > 0, jnp.sum(raw * present), 1)
+    num_tasks = raw.shape[0]
+    return jnp.where(present, shares * (count / num_tasks), 1 / num_tasks)

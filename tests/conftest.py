@@ -1,0 +1,54 @@
+"""What all tests share: the compilation cache, the golden arrays, a small two-headed model."""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory):
+    """One cache of compiled programs for all workers of a run."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """``golden(name)`` opens tests/golden/name.npz."""
+
+    def load(name):
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture
+def toy():
+    """(losses_fn, params, batch) of a two-headed model whose gradients differ by some 500x."""
+
+    def losses_fn(params, x, y):
+        h = jnp.tanh(x @ params["backbone"]["kernel"] + params["backbone"]["bias"])
+        rul = jnp.mean((h @ params["rul_head"] - y) ** 2)
+        health = jnp.mean((h @ params["health_head"]) ** 2)
+        return {"health": health, "rul": rul}
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "backbone": {
+            "kernel": jax.random.normal(keys[0], (4, 8)) * 0.5,
+            "bias": jnp.zeros(8),
+        },
+        "rul_head": jax.random.normal(keys[1], (8,)),
+        "health_head": jax.random.normal(keys[2], (8,)) * 0.1,
+    }
+    x = jax.random.normal(keys[3], (16, 4))
+    return losses_fn, params, (x, 50 + 20 * x[:, 0])
