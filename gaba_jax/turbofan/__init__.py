@@ -1,0 +1,20 @@
+"""Turbofan engines: the home application of gaba_jax.
+
+One model reads a window of sensor data and does two tasks at once: it predicts the remaining
+useful life (RUL) of an engine and classifies its health. On the shared backbone the first task
+pulls hundreds of times harder than the second, which is what gradient balancing is for.
+
+This package is an extra, ``pip install "gaba_jax[turbofan]"``, that the core never imports. Its
+modules are imported by name:
+
+* :mod:`gaba_jax.turbofan.data`: NASA C-MAPSS files, read, normalised and cut into windows.
+* :mod:`gaba_jax.turbofan.simulator`: a fleet of run-to-failure engines in the same format.
+* :mod:`gaba_jax.turbofan.losses`: the two losses, for a training step in JAX.
+* :mod:`gaba_jax.turbofan.metrics`: the measures that the field reports, in numpy.
+
+Examples:
+    >>> from gaba_jax.turbofan import data, simulator
+    >>> engines = data.prepare(simulator.simulate(num_train=5, num_test=2))
+    >>> engines.test.windows.shape
+    (2, 30, 17)
+"""
