@@ -160,9 +160,8 @@ def test_packed_and_plain_files_read_the_same(tmp_path: Path) -> None:
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     packed = data.read_fleet(tmp_path)
-    for mine, theirs, true in zip(packed, plain, fleet(), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-        np.testing.assert_array_equal(mine, true)
+    np.testing.assert_equal(packed, plain)
+    np.testing.assert_equal(packed, fleet())
 
 
 def test_the_plain_file_is_preferred(tmp_path: Path) -> None:
@@ -343,8 +342,7 @@ def test_validation_is_by_engine_and_seeded() -> None:
         assert held_out | kept == {1, 2, 3, 4, 5}
         assert not held_out & kept
     assert set(first.validation.engine) != set(other.validation.engine)
-    for mine, theirs in zip(first.train, again.train, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_equal(first.train, again.train)
 
 
 def test_no_engines_held_out_leaves_an_empty_split() -> None:
@@ -359,8 +357,7 @@ def test_the_statistics_see_the_training_engines_only() -> None:
     train[np.isin(train[:, 0], before.validation.engine), 5:] *= 1000.0
     test[:, 5:] += 77.0
     after = data.prepare(fleet(train=train, test=test))
-    for mine, theirs in zip(after.normalization, before.normalization, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_equal(after.normalization, before.normalization)
     np.testing.assert_array_equal(after.train.windows, before.train.windows)
     assert np.abs(after.validation.windows - before.validation.windows).max() > 100.0
     # And they do see every one of the training engines.
@@ -498,9 +495,7 @@ def test_load_is_prepare_of_what_was_read(tmp_path: Path) -> None:
     }
     loaded = data.load(tmp_path, **arguments)
     prepared = data.prepare(fleet(), **arguments)
-    for name in ("train", "validation", "test", "normalization"):
-        for mine, theirs in zip(getattr(loaded, name), getattr(prepared, name), strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_equal(vars(loaded), vars(prepared))
     assert loaded.train.windows.shape[1:] == (8, 14)
     assert len(set(loaded.validation.engine)) == 2
     assert loaded.train.rul.max() == 20.0

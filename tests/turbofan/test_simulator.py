@@ -152,12 +152,9 @@ def test_written_and_read_the_fleet_is_the_same(
     fleet = simulator.simulate(6, 4, conditions=conditions, fault_modes=fault_modes)
     simulator.write(fleet, tmp_path / "new" / "folder", "FD009")
     read = data.read_fleet(tmp_path / "new" / "folder", "FD009")
-    for mine, true in zip(read, fleet, strict=True):
-        np.testing.assert_array_equal(mine, true)
+    np.testing.assert_equal(read, fleet)
     loaded, prepared = data.load(tmp_path / "new" / "folder", "FD009"), data.prepare(fleet)
-    for name in ("train", "validation", "test", "normalization"):
-        for mine, true in zip(getattr(loaded, name), getattr(prepared, name), strict=True):
-            np.testing.assert_array_equal(mine, true)
+    np.testing.assert_equal(vars(loaded), vars(prepared))
 
 
 @pytest.mark.parametrize("subset", ["FD001", "FD002", "FD003", "FD004"])
