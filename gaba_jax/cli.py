@@ -1,0 +1,212 @@
+"""The command ``gaba-jax``: simulate a fleet of engines, train on it or on C-MAPSS."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+try:
+    import orbax.checkpoint as ocp
+    import tyro
+    from flax import nnx
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f'gaba-jax needs the package {error.name}: pip install "gaba-jax[turbofan]"'
+    ) from error
+
+import numpy as np
+
+from gaba_jax import plot
+from gaba_jax.turbofan import plots, simulator
+from gaba_jax.turbofan.data import TurbofanData
+from gaba_jax.turbofan.train import (
+    TASKS,
+    EpochRecord,
+    Run,
+    Subset,
+    TrainConfig,
+    load_data,
+    make_weighting,
+    train,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulate:
+    """Write a simulated fleet of engines in the C-MAPSS file format."""
+
+    directory: tyro.conf.Positional[Path]
+    """folder to write to"""
+    subset: Subset = "FD001"
+    """name in the files"""
+    num_train: int = 50
+    """engines that run to failure"""
+    num_test: int = 50
+    """engines whose records stop before it"""
+    conditions: int = 1
+    """operating conditions, 1 or 6"""
+    fault_modes: int = 1
+    """1 or 2"""
+    noise: float = 1.0
+    """sensor noise, as a factor"""
+    seed: int = 0
+    """of the fleet"""
+    overwrite: bool = False
+    """replace files of other content"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train the two-headed model: remaining useful life and health state."""
+
+    config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    out: Path | None = None
+    """folder for metrics.jsonl, summary.json, pictures and parameters; None writes nothing"""
+    overwrite: bool = False
+    """replace an earlier run in --out"""
+
+
+Command = Annotated[
+    Annotated[Simulate, tyro.conf.subcommand("simulate")]
+    | Annotated[Train, tyro.conf.subcommand("train")],
+    tyro.conf.OmitArgPrefixes,
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (130 after Ctrl-C)."""
+    command = tyro.cli(
+        cast(Any, Command),
+        prog="gaba-jax",
+        description="Balanced training of several losses on one model.",
+        args=arguments,
+    )
+    console = Console()
+    try:
+        if isinstance(command, Simulate):
+            _simulate(command, console)
+        else:
+            _train(command, console)
+    except KeyboardInterrupt:
+        print("gaba-jax: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"gaba-jax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _simulate(command: Simulate, console: Console) -> None:
+    fleet = simulator.simulate(
+        command.num_train,
+        command.num_test,
+        conditions=command.conditions,
+        fault_modes=command.fault_modes,
+        noise=command.noise,
+        seed=command.seed,
+    )
+    simulator.write(fleet, command.directory, command.subset, overwrite=command.overwrite)
+    console.print(
+        f"{command.num_train} + {command.num_test} engines in {command.directory}; train on them "
+        f"with: gaba-jax train --data {command.directory} --subset {command.subset}",
+        soft_wrap=True,
+    )
+
+
+def _train(command: Train, console: Console) -> None:
+    config, out = command.config, command.out
+    make_weighting(config)  # a wrong option shows before the data is read
+    if out is not None and (out / "metrics.jsonl").exists() and not command.overwrite:
+        raise FileExistsError(
+            f"{out} holds an earlier run. Name another --out, or pass --overwrite."
+        )
+    data = load_data(config)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text("")
+    with Progress(
+        TextColumn("epoch {task.completed}/{task.total}"),
+        BarColumn(bar_width=10),
+        TimeRemainingColumn(),
+        TextColumn("loss x weight: {task.fields[status]}"),
+        console=console,
+    ) as progress:
+        bar = progress.add_task("train", total=config.epochs, status="compiling")
+
+        def on_epoch(record: EpochRecord) -> None:
+            scalars = record.scalars
+            progress.update(
+                bar,
+                completed=record.epoch,
+                status=", ".join(
+                    f"{task} {scalars[f'loss/{task}']:.3g} x {scalars[f'weight/{task}']:.3f}"
+                    for task in TASKS
+                ),
+            )
+            if out is not None:
+                with (out / "metrics.jsonl").open("a") as file:
+                    line = {"epoch": record.epoch, **_finite(scalars)}
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
+
+        run = train(data, config, on_epoch)
+    if out is not None:
+        _write(run, data, out)
+    _report(run, config, out, console)
+
+
+def _write(run: Run, data: TurbofanData, out: Path) -> None:
+    (out / "summary.json").write_text(json.dumps(run.summary, indent=2, allow_nan=False) + "\n")
+    norms = np.concatenate([record.task_norms for record in run.records])
+    weights = np.concatenate([record.task_weights for record in run.records])
+    for name, figure in [
+        ("balance", plot.balance_history(norms, weights, TASKS)),
+        ("rul", plots.predicted_against_true(run.predicted_rul, data.test.rul)),
+        ("health", plots.confusion_matrix(run.predicted_health, data.test.health)),
+    ]:
+        figure.savefig(out / f"{name}.png", dpi=150)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((out / "params").absolute(), nnx.to_pure_dict(run.params), force=True)
+
+
+def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -> None:
+    summary = run.summary
+    source = "a simulated fleet" if config.data is None else str(config.data)
+    table = Table(title=f"{config.weighting} on {config.subset}, {source}", title_justify="left")
+    table.add_column("")
+    for name in ("validation", "test"):
+        table.add_column(name, justify="right")
+    for key, title in [
+        ("rmse", "RUL, RMSE (cycles)"),
+        ("nasa_score", "RUL, NASA score"),
+        ("late_prediction_rate", "RUL, predicted late"),
+        ("health_accuracy", "health, accuracy"),
+        ("macro_f1", "health, macro F1"),
+    ]:
+        table.add_row(title, *(f"{summary[s][key]:.4g}" for s in ("validation", "test")))
+    console.print(table)
+    weights = ", ".join(f"{name} {value:.4f}" for name, value in summary["task_weights"].items())
+    console.print(f"Task weights at the end: {weights}")
+    for key, title in [
+        ("gradient_ratio", "Gradient norms, largest / smallest"),
+        ("contribution_ratio", "The same, weighted"),
+    ]:
+        median = summary[key]["median"]
+        console.print(f"{title}: {'infinite' if median is None else f'{median:.4g}'} (median)")
+    console.print(f"{summary['updates']} updates in {summary['timing']['seconds']:.1f} s")
+    if out is not None:
+        console.print(f"Written to {out}")
+
+
+def _finite(scalars: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity; they become null."""
+    return {key: value if math.isfinite(value) else None for key, value in scalars.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

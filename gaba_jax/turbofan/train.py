@@ -1,0 +1,290 @@
+"""Training the two-headed turbofan model with balanced gradients."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from numpy.typing import NDArray
+
+from gaba_jax import balance, balance_metrics, only, task_value_and_grad, weighting
+from gaba_jax.turbofan import metrics, simulator
+from gaba_jax.turbofan.data import Split, TurbofanData, load, prepare
+from gaba_jax.turbofan.losses import cross_entropy, mean_squared_error
+from gaba_jax.turbofan.model import CompactModel
+
+TASKS = ("rul", "health")
+Params = Any  # an nnx.State of nnx.Param
+Subset = Literal["FD001", "FD002", "FD003", "FD004"]
+Rule = Literal["gaba", "inverse_norm", "inverse_share", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GabaOptions:
+    """The options of gaba_jax.gaba, with its defaults."""
+
+    beta: float = 0.99
+    """decay of the average in [0, 1); 0 is no smoothing"""
+    warmup_steps: int = 100
+    """updates with equal weights before averaging starts"""
+    min_weight: float = 0.05
+    """floor under each weight"""
+    floor: Literal["renormalize", "project"] = "renormalize"
+    """clamp and renormalise (published), or the exact projection"""
+    debias: bool = False
+    """start the average at the first measurement instead of at equal weights"""
+    task_priorities: tuple[float, float] | None = None
+    """wanted ratio of contributions, RUL then health"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Data, rule and optimizer of one run. Defaults were chosen on validation engines."""
+
+    data: Path | None = None
+    """folder of C-MAPSS text, plain or .gz; None simulates a small fleet"""
+    subset: Subset = "FD001"
+    """which of the four subsets"""
+    sensors_only: bool = False
+    """leave the three operating settings out of the features"""
+    stride: int = 1
+    """cycles between training windows"""
+    weighting: Rule = "gaba"
+    """how the two losses are weighted"""
+    gaba: GabaOptions = GabaOptions()
+    shared: tuple[str, ...] = ()
+    """names of the shared parameters; none given: found from the gradients"""
+    measure_on: tuple[str, ...] = ()
+    """names of the shared parameters to take norms on; none given: all"""
+    weight_task_specific: bool = True
+    """weight the gradients of the heads too (off needs --shared)"""
+    nonfinite: Literal["propagate", "drop"] = "propagate"
+    """what becomes of a NaN or Inf in one task's gradient"""
+    epochs: int = 15
+    """passes over the training windows"""
+    batch_size: int = 128
+    """windows in a batch"""
+    learning_rate: float = 2e-3
+    """peak of the cosine decay"""
+    weight_decay: float = 1e-4
+    """of AdamW"""
+    adam_b2: float = 0.99
+    """decay of AdamW's second moment"""
+    seed: int = 0
+    """of the simulated fleet, the validation engines, the parameters and the batches"""
+
+
+class EpochRecord(NamedTuple):
+    """One epoch: its number from 1, scalars for a log, and every update's measurements."""
+
+    epoch: int
+    scalars: dict[str, float]
+    losses: NDArray[np.float32]  # [steps, 2]
+    task_norms: NDArray[np.float32]  # [steps, 2]
+    task_weights: NDArray[np.float32]  # [steps, 2]
+
+
+class Run(NamedTuple):
+    """A finished run: the parameters, what was recorded, what the test engines say."""
+
+    params: Params
+    records: list[EpochRecord]
+    predicted_rul: NDArray[np.float32]  # [test engines]
+    predicted_health: NDArray[np.int32]
+    summary: dict[str, Any]
+
+
+def load_data(config: TrainConfig) -> TurbofanData:
+    """The engines that a run trains on: the files in ``config.data``, or a simulated fleet."""
+    options: dict[str, Any] = {
+        "stride": config.stride,
+        "sensors_only": config.sensors_only,
+        "seed": config.seed,
+    }
+    if config.data is not None:
+        return load(config.data, config.subset, **options)
+    conditions = 6 if config.subset in ("FD002", "FD004") else 1
+    fault_modes = 2 if config.subset in ("FD003", "FD004") else 1
+    fleet = simulator.simulate(conditions=conditions, fault_modes=fault_modes, seed=config.seed)
+    return prepare(fleet, **options)
+
+
+def make_weighting(config: TrainConfig) -> weighting.Weighting:
+    """The rule of a run. Norms are always measured, so that any rule can be watched."""
+    if config.weighting == "gaba":
+        rule = weighting.gaba(len(TASKS), **dataclasses.asdict(config.gaba))
+    elif config.gaba != GabaOptions():
+        changed = [
+            field.name
+            for field in dataclasses.fields(GabaOptions)
+            if getattr(config.gaba, field.name) != field.default
+        ]
+        raise ValueError(
+            f"{', '.join(changed)}: options of the weighting gaba, without effect on "
+            f"{config.weighting}. Leave them out, or take the weighting gaba."
+        )
+    else:
+        rule = getattr(weighting, config.weighting)(len(TASKS))
+    return rule._replace(needs=rule.needs | {"norms"})
+
+
+def train(
+    data: TurbofanData,
+    config: TrainConfig,
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+) -> Run:
+    """Trains the compact model; the same data, configuration and machine give the same run.
+
+    Every epoch is one jitted scan over data that stays on the device.
+
+    Args:
+      data: the engines, from :func:`load_data`.
+      config: everything else.
+      on_epoch: called after each epoch with its :class:`EpochRecord`.
+
+    Returns:
+      A :class:`Run`; its ``summary`` can be written as JSON.
+
+    Raises:
+      ValueError: a value of ``config`` is out of range.
+      FloatingPointError: the losses are no longer finite.
+
+    Example:
+      >>> from gaba_jax.turbofan.train import TrainConfig, load_data, train
+      >>> config = TrainConfig(epochs=1, stride=20)
+      >>> run = train(load_data(config), config)
+      >>> sorted(run.summary["test"])[:3]
+      ['health_accuracy', 'late_prediction_rate', 'macro_f1']
+    """
+    _check(config, len(data.train.rul))
+    started = time.perf_counter()
+    num_windows, window, features = data.train.windows.shape
+    steps = num_windows // config.batch_size
+    model = CompactModel(window, features, rngs=nnx.Rngs(config.seed))
+    graph, params = nnx.split(model, nnx.Param)
+    tx = optax.chain(
+        balance(
+            make_weighting(config),
+            shared=only(*config.shared) if config.shared else None,
+            measure_on=only(*config.measure_on) if config.measure_on else None,
+            weight_task_specific=config.weight_task_specific,
+            nonfinite=config.nonfinite,
+        ),
+        optax.adamw(
+            optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps),
+            b2=config.adam_b2,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+    def losses_fn(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+        rul, logits = nnx.merge(graph, params)(batch.windows)
+        return mean_squared_error(rul, batch.rul), cross_entropy(logits, batch.health)
+
+    @jax.jit
+    def train_epoch(params: Params, opt_state: Any, key: jax.Array, split: Split) -> Any:
+        order = jax.random.permutation(key, num_windows)[: steps * config.batch_size]
+
+        def step(carry: tuple[Params, Any], rows: jax.Array) -> tuple[Any, Any]:
+            params, opt_state = carry
+            batch = jax.tree.map(lambda column: column[rows], split)
+            losses, grads = task_value_and_grad(losses_fn)(params, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            record = losses, *(optax.tree.get(opt_state, f"task_{k}") for k in ("norms", "weights"))
+            return (optax.apply_updates(params, updates), opt_state), record
+
+        return jax.lax.scan(step, (params, opt_state), order.reshape(steps, config.batch_size))
+
+    @jax.jit
+    def predict(params: Params, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rul, logits = nnx.merge(graph, params)(windows)
+        return rul, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def evaluate(params: Params, split: Split) -> tuple[Any, Any, dict[str, float]]:
+        rul, health = jax.tree.map(np.asarray, predict(params, split.windows))
+        return rul, health, metrics.evaluate(rul, split.rul, health, split.health)
+
+    opt_state = tx.init(params)
+    on_device = jax.device_put(data.train)
+    key = jax.random.key(config.seed)
+    records: list[EpochRecord] = []
+    for epoch in range(1, config.epochs + 1):
+        epoch_key = jax.random.fold_in(key, epoch)
+        (params, opt_state), record = train_epoch(params, opt_state, epoch_key, on_device)
+        losses, norms, weights = jax.tree.map(np.asarray, record)
+        _, _, validation = evaluate(params, data.validation)
+        scalars = {f"loss/{task}": float(losses[:, i].mean()) for i, task in enumerate(TASKS)}
+        scalars |= {f"validation/{name}": value for name, value in validation.items()}
+        scalars |= {k: float(v) for k, v in balance_metrics(opt_state, TASKS).items()}
+        records.append(EpochRecord(epoch, scalars, losses, norms, weights))
+        on_epoch(records[-1])
+        if not np.isfinite(losses[-1]).all():
+            raise FloatingPointError(
+                f"the losses are no longer finite in epoch {epoch}: {losses[-1]}. Lower the "
+                f"learning rate (it is {config.learning_rate})."
+            )
+    rul, health, test = evaluate(params, data.test)
+    seconds = time.perf_counter() - started
+    summary = _summary(config, data, records)
+    summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    summary["validation"] = evaluate(params, data.validation)[2]
+    summary["test"] = test
+    summary["timing"] = {"seconds": seconds}
+    return Run(params, records, rul, health, summary)
+
+
+def _check(config: TrainConfig, num_windows: int) -> None:
+    for name in ("epochs", "batch_size", "stride"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.batch_size > num_windows:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {num_windows} training windows."
+        )
+    if not 0 < config.learning_rate < float("inf"):
+        raise ValueError(f"learning_rate={config.learning_rate} must be positive.")
+    if not 0 <= config.weight_decay < float("inf"):
+        raise ValueError(f"weight_decay={config.weight_decay} must be at least 0.")
+    if not 0 <= config.adam_b2 < 1:
+        raise ValueError(f"adam_b2={config.adam_b2} must be in [0, 1).")
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be at least 0.")
+
+
+def _summary(config: TrainConfig, data: TurbofanData, records: list[EpochRecord]) -> dict[str, Any]:
+    norms = np.concatenate([record.task_norms for record in records])
+    weights = np.concatenate([record.task_weights for record in records])
+    balanced = slice(min(config.gaba.warmup_steps, len(norms) - 1), None)
+    return {
+        "config": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(config).items()
+        },
+        "tasks": list(TASKS),
+        "features": list(data.feature_names),
+        "windows": {name: len(getattr(data, name).rul) for name in ("train", "validation", "test")},
+        "updates": len(norms),
+        "task_weights": dict(zip(TASKS, weights[-1].tolist(), strict=True)),
+        # Over the updates after the warm-up: median, and the 5 % and 95 % quantiles.
+        "gradient_ratio": _quantiles(norms[balanced]),
+        "contribution_ratio": _quantiles((norms * weights)[balanced]),
+        "versions": {name: version(name) for name in ("gaba-jax", "jax", "optax", "flax")},
+    }
+
+
+def _quantiles(values: NDArray[np.float32]) -> dict[str, float | None]:
+    """Of the ratio of the largest to the smallest value per update; None where it is infinite."""
+    smallest = values.min(axis=1)
+    ratio = np.where(smallest > 0, values.max(axis=1) / np.where(smallest > 0, smallest, 1), np.inf)
+    at = np.quantile(ratio, [0.5, 0.05, 0.95], method="nearest")
+    return {
+        name: float(value) if np.isfinite(value) else None
+        for name, value in zip(("median", "low", "high"), at, strict=True)
+    }

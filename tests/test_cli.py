@@ -1,0 +1,167 @@
+"""The command gaba-jax, as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gaba_jax import cli
+
+SMALL = ["--epochs", "2", "--stride", "10"]
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished small run."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert run("train", *SMALL, "--warmup-steps", 0, "--out", out) == 0
+    return out
+
+
+def test_train_writes_metrics_summary_pictures_and_parameters(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"loss/rul", "loss/health", "weight/rul", "norm/health", "validation/rmse"} <= set(
+        lines[0]
+    )
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["tasks"] == ["rul", "health"]
+    assert summary["updates"] == 2 * (summary["windows"]["train"] // 128)
+    assert lines[-1]["validation/rmse"] == summary["validation"]["rmse"]
+    for name in ("balance", "rul", "health"):
+        assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore((finished / "params").absolute())
+    assert {"backbone", "rul_head", "health_head"} == set(params)
+    assert all(np.isfinite(leaf).all() for leaf in params["rul_head"].values())
+
+
+def test_the_same_seed_gives_bitwise_the_same_summary(finished, tmp_path):
+    assert run("train", *SMALL, "--warmup-steps", 0, "--out", tmp_path / "second") == 0
+    first, second = (
+        json.loads((folder / "summary.json").read_text())
+        for folder in (finished, tmp_path / "second")
+    )
+    assert first.pop("timing")["seconds"] > 0
+    second.pop("timing")
+    assert first == second
+    assert (finished / "metrics.jsonl").read_text() == (
+        tmp_path / "second" / "metrics.jsonl"
+    ).read_text()
+
+
+def test_another_seed_or_rule_gives_another_run(finished, tmp_path):
+    first = json.loads((finished / "summary.json").read_text())
+    for name, arguments in [("seed", ["--seed", "1"]), ("rule", ["--weighting", "uniform"])]:
+        assert run("train", *SMALL, *arguments, "--out", tmp_path / name) == 0
+        other = json.loads((tmp_path / name / "summary.json").read_text())
+        assert other["test"] != first["test"]
+    assert other["task_weights"] == {"rul": 0.5, "health": 0.5}
+    assert other["gradient_ratio"]["median"] > 10  # watched, though the rule needs no norms
+
+
+def test_an_earlier_run_is_not_replaced_unasked(finished, capsys):
+    before = (finished / "summary.json").read_bytes()
+    assert run("train", *SMALL, "--out", finished) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_simulate_then_train_on_it(tmp_path, capsys):
+    fleet = tmp_path / "fleet"
+    assert run("simulate", fleet, "--num-train", 12, "--num-test", 5, "--subset", "FD003") == 0
+    assert sorted(path.name for path in fleet.iterdir()) == [
+        "RUL_FD003.txt",
+        "test_FD003.txt",
+        "train_FD003.txt",
+    ]
+    assert (
+        run("train", "--data", fleet, "--subset", "FD003", *SMALL, "--debias", "--beta", 0.9) == 0
+    )
+    assert "gaba on FD003" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--epochs", "0"], "epochs=0 must be at least 1"),
+        (["train", "--batch-size", "1000000"], "batch_size=1000000 is more than"),
+        (["train", "--beta", "1.5"], "beta=1.5 must be in [0, 1)"),
+        (["train", "--min-weight", "0.6"], "the most is 0.5"),
+        (
+            ["train", "--weighting", "uniform", "--beta", "0.9"],
+            "beta: options of the weighting gaba",
+        ),
+        (["train", "--learning-rate", "-1"], "learning_rate=-1.0 must be positive"),
+        (["train", "--shared", "trunk"], "'trunk' matches no parameter"),
+        (["train", "--learning-rate", "1e30", *SMALL], "no longer finite in epoch 1"),
+        (["simulate", "somewhere", "--conditions", "3"], "conditions"),
+    ],
+)
+def test_a_wrong_value_says_what_is_allowed(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--weighting", "best"], "uniform"),
+        (["train", "--subset", "FD005"], "FD004"),
+        (["train", "--epochs", "many"], "epochs"),
+        (["fly"], "train"),
+    ],
+)
+def test_an_unknown_word_lists_the_choices(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["simulate", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "gaba-jax" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "gaba_jax.cli",
+        "train",
+        "--epochs",
+        "100000",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "gaba-jax: interrupted"
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
