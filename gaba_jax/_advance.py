@@ -53,10 +53,13 @@ class Measurement(NamedTuple):
 def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
     """The state before any update; nothing is measured yet."""
     num_tasks = weighting.num_tasks
-    weights = jnp.asarray(weighting.initial_weights, jnp.float32)
+    # Buffers of their own, so that the state can be donated.
+    task_weights, next_task_weights = (
+        jnp.array(weighting.initial_weights, jnp.float32) for _ in range(2)
+    )
     return BalanceState(
-        task_weights=weights,
-        next_task_weights=jnp.array(weights),  # its own buffer, so that the state can be donated
+        task_weights=task_weights,
+        next_task_weights=next_task_weights,
         task_norms=jnp.zeros([num_tasks], jnp.float32),
         task_cosines=jnp.eye(num_tasks, dtype=jnp.float32)
         if "cosines" in weighting.needs
@@ -164,7 +167,8 @@ def restrict(
     total = jnp.sum(weights)
     kept = jnp.where(usable, weights, 0)
     held = jnp.sum(kept)
-    equal = jnp.where(usable, total / jnp.maximum(jnp.sum(usable), 1), 0)
+    count = jnp.maximum(jnp.sum(usable), 1).astype(weights.dtype)
+    equal = jnp.where(usable, total / count, 0)
     rest = jnp.where(held > 0, kept * (total / jnp.where(held > 0, held, 1)), equal)
     return jnp.where(jnp.all(usable), weights, rest).astype(jnp.float32)
 

@@ -28,11 +28,7 @@ def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) ->
             f"updates has {len(leaves)} leaves, but init saw parameters with {num_leaves}: "
             "gradients and parameters must have the same tree structure."
         )
-    shapes = (
-        {}
-        if params is None
-        else {path_name(path): jax.numpy.shape(p) for path, p in jax.tree.leaves_with_path(params)}
-    )
+    shapes = {path: jax.numpy.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
     for path, leaf in leaves:
         name, shape = path_name(path), jax.numpy.shape(leaf)
         if not shape or shape[0] != num_tasks:
@@ -40,13 +36,14 @@ def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) ->
                 f"updates leaf {name!r} has shape {shape}, but its leading axis must be the "
                 f"{num_tasks} tasks (num_tasks={num_tasks}). {_REMEDY}"
             )
-        if params is not None and name not in shapes:
+        if params is not None and path not in shapes:
             raise ValueError(
                 f"updates leaf {name!r} has no counterpart in params, which has the leaves "
-                f"{', '.join(shapes)}. Gradients and params must have the same tree structure."
+                f"{', '.join(leaf_names(params))}. Gradients and params must have the same "
+                "tree structure."
             )
-        if params is not None and shape[1:] != shapes[name]:
+        if params is not None and shape[1:] != shapes[path]:
             raise ValueError(
                 f"updates leaf {name!r} has shape {shape}, but must have shape "
-                f"{(num_tasks, *shapes[name])}: the tasks, then the parameter's shape. {_REMEDY}"
+                f"{(num_tasks, *shapes[path])}: the tasks, then the parameter's shape. {_REMEDY}"
             )

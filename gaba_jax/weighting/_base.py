@@ -116,6 +116,6 @@ def over_present(
     raw = jnp.where(jnp.any(raw > 0), raw, present.astype(jnp.float32))
     if priorities is not None:
         raw = raw * priorities
-    shares = raw / jnp.where(count > 0, jnp.sum(raw * present), 1)
+    shares = raw / jnp.where(count > 0, jnp.sum(raw), 1)
     num_tasks = raw.shape[0]
     return jnp.where(present, shares * (count / num_tasks), 1 / num_tasks)

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
 from gaba_jax._stats import TaskStats
@@ -141,7 +140,7 @@ def _scaled_to_average(
     weights: Float[Array, " tasks"], stats: TaskStats, average: Float[Array, " tasks"]
 ) -> Float[Array, " tasks"]:
     """The rule's weights on the average's scale; an absent task's average stands."""
-    raw = jnp.where(stats.present, jnp.maximum(weights, 0), 0)
+    raw = jnp.where(stats.present, jnp.maximum(weights.astype(jnp.float32), 0), 0)
     raw = jnp.where(jnp.any(raw > 0), raw, stats.present.astype(jnp.float32))
     # 1 - absent, not the sum of the present: with all present that is 1 without rounding, and the
     # average cannot drift away from the simplex.
@@ -159,8 +158,13 @@ def _project(average: Float[Array, " tasks"], min_weight: Number) -> Float[Array
     num_tasks = average.shape[0]
     least = jnp.clip(jnp.asarray(min_weight, jnp.float32), 0, 1 / num_tasks)
     free = jnp.maximum(1 - num_tasks * least, 0)
-    above = optax.projections.projection_simplex(average - least, jnp.maximum(free, 1e-6))
-    return least + above * (free / jnp.maximum(jnp.sum(above), 1e-12))
+    # Onto the simplex of sum `free` above the floor: the threshold is the largest over all j of
+    # what would take the j largest entries down to that sum.
+    above = average - least
+    counts = jnp.arange(1, num_tasks + 1, dtype=jnp.float32)
+    cumulative = jnp.cumsum(jnp.sort(above, descending=True))
+    kept = jnp.maximum(above - jnp.max((cumulative - free) / counts), 0)
+    return least + kept * (free / jnp.maximum(jnp.sum(kept), 1e-12))
 
 
 _FLOORS = {"renormalize": _renormalize, "project": _project}
