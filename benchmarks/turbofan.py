@@ -29,7 +29,6 @@ COLUMNS = {
     "health accuracy": lambda run: run["test"]["health_accuracy"],
     "gradient ratio": lambda run: run["gradient_ratio"]["median"],
     "contribution ratio": lambda run: run["contribution_ratio"]["median"],
-    "seconds": lambda run: run["timing"]["seconds"],
 }
 RESULT = Path(__file__).with_suffix(".json")
 

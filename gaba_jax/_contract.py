@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _REMEDY = (
     "Pass the output of task_value_and_grad, and put gaba() (or balance(...)) first in the chain, "
@@ -12,7 +13,9 @@ _REMEDY = (
 
 def path_name(path: Any) -> str:
     """The dotted name of a leaf, as the selectors and the error messages write it."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the array of a Flax variable
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -22,28 +25,34 @@ def leaf_names(tree: Any) -> list[str]:
 
 def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) -> None:
     """Raises ValueError unless every leaf of ``updates`` is [num_tasks, *param.shape]."""
-    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    leaves = jax.tree.leaves(updates)
     if len(leaves) != num_leaves:
         raise ValueError(
             f"updates has {len(leaves)} leaves, but init saw parameters with {num_leaves}: "
             "gradients and parameters must have the same tree structure."
         )
-    shapes = {path: jax.numpy.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
-    for path, leaf in leaves:
-        name, shape = path_name(path), jax.numpy.shape(leaf)
+    names = leaf_names(updates)
+    if params is not None and leaf_names(params) != names:
+        raise ValueError(
+            f"updates has the leaves {', '.join(names)}, but params has "
+            f"{', '.join(leaf_names(params))}: gradients and params must have the same structure."
+        )
+    of_params = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+    for name, leaf, param in zip(names, leaves, of_params, strict=True):
+        shape = jnp.shape(leaf)
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"updates leaf {name!r} has dtype {jnp.result_type(leaf)}, but gradients must be "
+                "floating-point. Keep what is not trained out of the tree, or have None there."
+            )
         if not shape or shape[0] != num_tasks:
             raise ValueError(
                 f"updates leaf {name!r} has shape {shape}, but its leading axis must be the "
                 f"{num_tasks} tasks (num_tasks={num_tasks}). {_REMEDY}"
             )
-        if params is not None and path not in shapes:
+        expected = shape if param is None else (num_tasks, *jnp.shape(param))
+        if shape != expected:
             raise ValueError(
-                f"updates leaf {name!r} has no counterpart in params, which has the leaves "
-                f"{', '.join(leaf_names(params))}. Gradients and params must have the same "
-                "tree structure."
-            )
-        if params is not None and shape[1:] != shapes[path]:
-            raise ValueError(
-                f"updates leaf {name!r} has shape {shape}, but must have shape "
-                f"{(num_tasks, *shapes[path])}: the tasks, then the parameter's shape. {_REMEDY}"
+                f"updates leaf {name!r} has shape {shape}, but must have shape {expected}: "
+                f"the tasks, then the parameter's shape. {_REMEDY}"
             )

@@ -91,7 +91,7 @@ def only(*names: str) -> Callable[[Any], Any]:
 
 
 def _matches(name: str, path: str) -> bool:
-    wanted, segments = name.removesuffix(".value").split("."), path.split(".")
+    wanted, segments = name.split("."), path.split(".")
     return any(
         all(map(fnmatch.fnmatchcase, segments[start:], wanted))
         for start in range(len(segments) - len(wanted) + 1)

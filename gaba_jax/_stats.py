@@ -1,8 +1,10 @@
 """What is measured on the task gradients: norms and cosines, safe from 1e-30 to 1e30."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -85,31 +87,28 @@ def sum_of_squares(slice_: Array, scale: Float[Array, ""]) -> Float[Array, ""]:
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # or every eager call would compile anew
 def leaf_norms(
-    leaves: Sequence[Array], wanted: Sequence[bool], num_tasks: int
+    leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int
 ) -> Float[Array, "leaves tasks"]:
     """Norms of stacked gradients per leaf and task; 0 where a leaf is not wanted.
 
     Slice by slice: XLA folds a slice of a stack, so the stack need not be read again.
     """
 
-    def sum_squares(scale: Array) -> Array:
-        zeros = jnp.zeros([num_tasks], jnp.float32)
-        rows = [
-            jnp.stack([_rooted(leaf[i], scale[index, i]) for i in range(num_tasks)])
-            if want
-            else zeros
-            for index, (leaf, want) in enumerate(zip(leaves, wanted, strict=True))
-        ]
-        return jnp.stack(rows)
-
-    def _rooted(slice_: Array, scale: Array) -> Array:
+    def row(leaf: Array, want: bool, scale: Array) -> Array:
+        if not want:
+            return jnp.zeros([num_tasks], jnp.float32)
+        each = [sum_of_squares(leaf[i], scale[i]) for i in range(num_tasks)]
         # float64 sums come back to float32 before the root: their scaled square fits there too.
-        return sum_of_squares(slice_, scale).astype(jnp.float32)
+        return jnp.stack(each).astype(jnp.float32)
 
     if not leaves:
         return jnp.zeros([0, num_tasks], jnp.float32)
-    return safe_norms(sum_squares, (len(leaves), num_tasks))
+    return safe_norms(
+        lambda scale: jnp.stack([row(*each) for each in zip(leaves, wanted, scale, strict=True)]),
+        (len(leaves), num_tasks),
+    )
 
 
 def combine_norms(

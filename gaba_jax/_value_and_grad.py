@@ -63,6 +63,7 @@ def task_value_and_grad(
             _check_losses(losses)
             return losses, aux
 
+        _check_params(params)
         losses, pushforward, aux = jax.linearize(of_params, params, has_aux=True)
         stacked = _stack(losses)
         num_tasks = stacked.shape[0]
@@ -121,9 +122,8 @@ def _pick(losses: Any, index: int) -> Array:
 def _stack(losses: Any) -> Array:
     """The losses as one [K] array, float64 if one of them is, else float32."""
     each = [losses] if _is_stacked(losses) else jax.tree.leaves(losses)
-    wide = any(loss.dtype == jnp.float64 for loss in each)
-    dtype = jnp.float64 if wide else jnp.float32
-    each = [loss.astype(dtype) for loss in each]
+    wide = any(jnp.result_type(loss) == jnp.float64 for loss in each)
+    each = [jnp.asarray(loss, jnp.float64 if wide else jnp.float32) for loss in each]
     return each[0] if _is_stacked(losses) else jnp.stack(each)
 
 
@@ -133,6 +133,16 @@ def _split_aux(out: Any) -> tuple[Any, Any]:
             f"with has_aux=True losses_fn must return a pair (losses, aux), got {type(out)}."
         )
     return out
+
+
+def _check_params(params: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"params must be floating-point; leaf {path_name(path)!r} has dtype "
+                f"{jnp.result_type(leaf)}. Split the trainable parameters off first, with "
+                "nnx.split(model, nnx.Param, ...) or eqx.partition(model, eqx.is_inexact_array)."
+            )
 
 
 def _check_losses(losses: Any) -> None:

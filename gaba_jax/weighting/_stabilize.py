@@ -89,8 +89,10 @@ def stabilize(
     num_tasks = check_num_tasks(weighting.num_tasks, least=2)
     decay, least = _number("beta", beta), _number("min_weight", min_weight)
     warmup = concrete(warmup_steps)
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"{beta=} must be in [0, 1): 0 is no smoothing, 1 would never move.")
+    if decay is not None and not 0 <= np.float32(decay) < 1:
+        raise ValueError(
+            f"{beta=} must be in [0, 1), in float32 too: 0 is no smoothing, 1 would never move."
+        )
     if warmup is not None and warmup < 0:
         raise ValueError(f"{warmup_steps=} must be at least 0.")
     if least is not None and not 0 <= num_tasks * least <= 1 + 1e-6:
