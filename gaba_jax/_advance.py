@@ -110,9 +110,11 @@ def advance(
         leaf_norms = jnp.where(present, measurement.leaf_norms, 0)
         measured = jnp.asarray(selection.measure_on, bool)
         if selection.shared is None:
-            # A NaN counts as a gradient: the leaf is measured, and the measurement rejected.
-            seen = seen | (leaf_norms != 0)
-            measured &= jnp.sum(seen, axis=1) >= 2
+            # A NaN counts as a gradient here: the leaf is measured, the measurement rejected. It
+            # is not remembered as one, since it may have come from another task.
+            pulls = leaf_norms != 0
+            measured &= jnp.sum(seen | pulls, axis=1) >= 2
+            seen = seen | (pulls & jnp.isfinite(leaf_norms))
         else:
             measured &= jnp.asarray(selection.shared, bool)
         norms = combine_norms(leaf_norms, measured)

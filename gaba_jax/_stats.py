@@ -136,7 +136,7 @@ def cosines(
     gram = jnp.zeros([num_tasks, num_tasks], jnp.float32)
     for index, leaf in enumerate(leaves):
         accurate = _accumulator(leaf)
-        factor = jnp.where(measured[index], unit, 0).astype(accurate)
+        factor = unit.astype(accurate)
         axes = tuple(range(1, leaf.ndim))
         scaled = leaf.astype(jnp.promote_types(leaf.dtype, accurate)) * jnp.expand_dims(
             factor, axes
@@ -144,7 +144,8 @@ def cosines(
         dots = lax.dot_general(
             scaled.conj(), scaled, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
         )
-        gram = gram + dots.real.astype(jnp.float32)
+        # Chosen afterwards: zero times the NaN of a leaf that is not measured would be NaN.
+        gram = gram + jnp.where(measured[index], dots.real.astype(jnp.float32), 0)
     diagonal = jnp.eye(num_tasks, dtype=bool)
     return jnp.where(diagonal, 1, jnp.clip(gram, -1, 1)).astype(jnp.float32)
 

@@ -1,0 +1,319 @@
+"""What every rule must hold in `balance`, whatever it computes: one table, the same tests for all.
+
+A rule is known by its first parameter, so a new one in `weighting.__all__` is tested with the rest.
+"""
+
+import contextlib
+import functools
+import inspect
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+from jax import export
+
+from gaba_jax import balance, exclude, weighting
+
+K = 3
+STEPS = 4  # of which a warm-up takes one or two
+
+
+def make_rules():
+    """Name -> a function that makes the rule afresh."""
+    w = weighting
+    rules = {
+        "stabilize": lambda: w.stabilize(
+            w.rescaled(w.inverse_norm(K), 2.0), warmup_steps=1, floor="project", debias=True
+        ),
+        "rescaled": lambda: w.rescaled(w.gaba(K, warmup_steps=2), float(K)),
+        # What balance measures for the rules that need cosines and losses.
+        "all_needs": lambda: w.inverse_norm(K)._replace(
+            needs=frozenset({"norms", "cosines", "losses"})
+        ),
+    }
+    for name in w.__all__:
+        rule = getattr(w, name)
+        parameters = inspect.signature(rule).parameters if inspect.isfunction(rule) else {}
+        if next(iter(parameters), None) == "num_tasks":  # else a type or a combinator
+            extra = {"weights": [1.0, 2.0, 3.0]} if name == "constant" else {}
+            if "warmup_steps" in parameters:
+                extra["warmup_steps"] = 2
+            rules[name] = functools.partial(rule, K, **extra)
+    return rules
+
+
+RULES = make_rules()
+every_rule = pytest.mark.parametrize("name", RULES)
+PARAMS = {"trunk": jnp.ones((4, 3)), "head": jnp.ones(3)}
+EXTRA = {"task_losses": jnp.array([3.0, 2.0, 1.0]), "anything": None}
+
+
+def gradients(seed=0, scale=1.0):
+    """Stacked gradients over a run, leaves [STEPS, K, ...]; the head is the first task's."""
+    random = np.random.default_rng(seed)
+    grads = {
+        name: random.normal(size=(STEPS, K, *p.shape)).astype(np.float32)
+        for name, p in PARAMS.items()
+    }
+    grads["trunk"] *= np.float32(scale) * np.array([100, 1, 0.1], np.float32)[:, None, None]
+    grads["head"] *= np.float32(scale) * np.array([1, 0, 0], np.float32)[:, None]
+    return jax.tree.map(jnp.asarray, grads)
+
+
+def at(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def run(rule, grads):
+    """All updates under scan: the updates, the applied weights, the last state."""
+    tx = balance(rule)
+
+    def step(state, grads):
+        updates, state = tx.update(grads, state, PARAMS, **EXTRA)
+        return state, (updates, state.task_weights)
+
+    state, (updates, weights) = jax.lax.scan(step, tx.init(PARAMS), grads)
+    return updates, weights, state
+
+
+@functools.cache
+def compiled_run(name):
+    return jax.jit(functools.partial(run, RULES[name]()))
+
+
+def assert_same_types(actual, expected):
+    """The structure, shapes and dtypes of ``expected``, and no weak types."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    assert not any(jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(actual))
+
+
+def test_the_table_holds_all_rules():
+    assert {"uniform", "constant", "inverse_norm", "inverse_share", "gaba"} <= set(RULES)
+    assert all(isinstance(make(), weighting.Weighting) for make in RULES.values())
+
+
+@every_rule
+def test_weights_are_applied_and_recorded(name):
+    rule, grads = RULES[name](), gradients()
+    updates, weights, state = compiled_run(name)(grads)
+    expected = jax.tree.map(lambda g: np.einsum("tk,tk...->t...", weights, g), grads)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(state.task_weights, weights[-1])
+    np.testing.assert_array_equal(state.task_norms > 0, "norms" in rule.needs)
+    assert (state.task_cosines is not None) == ("cosines" in rule.needs)
+    assert state.nonfinite_count == 0
+    assert state.since_measured == 1
+
+
+@every_rule
+def test_a_nan_is_kept_out_of_the_state(name):
+    """In the shared leaf it holds the state for one update; in a head it is not even noticed."""
+    rule, grads = RULES[name](), gradients()
+    for leaf, rejected in [("trunk", 1 if rule.needs & {"norms", "cosines"} else 0), ("head", 0)]:
+        poisoned = grads | {leaf: grads[leaf].at[-1, 0].set(jnp.nan)}
+        updates, weights, state = compiled_run(name)(poisoned)
+        assert state.nonfinite_count == rejected
+        chex.assert_tree_all_finite((weights, state))
+        assert not np.isfinite(updates[leaf][-1]).any()
+        if rejected:
+            np.testing.assert_array_equal(weights[-1], weights[-2])
+
+
+def test_a_nan_does_not_make_a_head_shared():
+    """Of one task alone, before the other has been seen: no shared leaf yet, nothing rejected."""
+    tx, grads = balance(weighting.inverse_share(K)), at(gradients(), 0)
+    poisoned = jax.tree.map(lambda g: jnp.zeros_like(g).at[1].set(jnp.nan), grads)
+    update = jax.jit(tx.update)
+    _, expected = update(grads, tx.init(PARAMS))
+    _, state = update(poisoned, tx.init(PARAMS))
+    _, state = update(grads, state)
+    np.testing.assert_array_equal(state.task_norms, expected.task_norms)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*((name, name) for name in RULES))
+    def test_agree_and_are_deterministic(self, name):
+        """Update by update, jitted or not, the numbers are those of the scan; twice, to the bit."""
+        tx, grads = balance(RULES[name]()), gradients()
+        update = self.variant(functools.partial(tx.update, **EXTRA))
+
+        def repeat():
+            state, seen = tx.init(PARAMS), []
+            for t in range(STEPS):
+                updates, state = update(at(grads, t), state, PARAMS)
+                seen.append((updates, state.task_weights))
+            return *jax.tree.map(lambda *each: jnp.stack(each), *seen), state
+
+        first = repeat()
+        chex.assert_trees_all_equal(first, repeat())
+        updates, *rest = compiled_run(name)(grads)
+        largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(updates))
+        chex.assert_trees_all_close(first[0], updates, rtol=1e-6, atol=1e-6 * largest)
+        chex.assert_trees_all_close(list(first[1:]), rest, rtol=1e-6)
+
+
+@every_rule
+def test_one_trace_over_a_thousand_donated_steps(name):
+    """And what is donated takes nothing else with it: not the rule's buffers, nor another state."""
+    tx = optax.chain(balance(RULES[name]()), optax.sgd(1e-3, momentum=0.9))
+    traces = 0
+
+    # Unused arguments are kept so that every buffer is donated.
+    @functools.partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
+    def step(params, opt_state, grads):
+        nonlocal traces
+        traces += 1
+        updates, opt_state = tx.update(grads, opt_state, params, **EXTRA)
+        return optax.apply_updates(params, updates), opt_state
+
+    first, second = tx.init(PARAMS), tx.init(PARAMS)
+    types = jax.eval_shape(lambda: first)
+    assert_same_types(first, types)
+    grads, results = at(gradients(), 0), []
+    for opt_state, steps in [(first, 994), (second, 3), (None, 3)]:
+        opt_state = tx.init(PARAMS) if opt_state is None else opt_state
+        given = opt_state
+        params = jax.tree.map(jnp.copy, PARAMS)
+        for _ in range(steps):
+            params, opt_state = step(params, opt_state, grads)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        results.append((params, opt_state))
+    assert traces == 1
+    assert step._cache_size() == 1
+    for params, opt_state in results:
+        assert_same_types(opt_state, types)
+        assert_same_types(params, PARAMS)
+        chex.assert_tree_all_finite((params, opt_state))
+    chex.assert_trees_all_equal(*results[1:])
+
+
+@every_rule
+def test_vmap_over_seeds_is_one_run_each(name):
+    scales = [1.0, 1e-25, 1e25, 1e-3]
+    each = [gradients(seed, scale) for seed, scale in enumerate(scales)]
+    batched = jax.jit(jax.vmap(functools.partial(run, RULES[name]())))(
+        jax.tree.map(lambda *g: jnp.stack(g), *each)
+    )
+    for i, (grads, scale) in enumerate(zip(each, scales, strict=True)):
+        updates, *expected = compiled_run(name)(grads)
+        actual, *rest = at(batched, i)
+        chex.assert_trees_all_close(actual, updates, rtol=1e-5, atol=1e-5 * scale)
+        chex.assert_trees_all_close(rest, expected, rtol=1e-5)
+        assert expected[-1].nonfinite_count == 0
+
+
+DROP = {"shared": exclude("head"), "nonfinite": "drop"}
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in RULES), ("gaba", DROP)])
+def test_leaves_of_all_kinds(name, options):
+    params = {
+        "bfloat16": jnp.ones((2, 3), jnp.bfloat16),
+        "float16": jnp.float16(1),
+        "float32": jnp.float32(1),
+        "head": jnp.ones(2),
+        "empty": jnp.zeros((0, 2)),
+        "frozen": None,
+    }
+    grads = jax.tree.map(lambda p: jnp.ones((K, *p.shape), p.dtype).at[0].multiply(100), params)
+    tx = balance(RULES[name](), **options)
+    state = tx.init(params)
+    updates, after = jax.jit(functools.partial(tx.update, **EXTRA))(grads, state, params)
+    assert_same_types(updates, params)
+    assert_same_types(after, state)
+    expected = jnp.dot(after.task_weights, jnp.array([100.0, 1.0, 1.0]), precision="highest")
+    for dtype in ("bfloat16", "float16", "float32"):
+        precision = 2 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(updates[dtype].astype(jnp.float32), expected, rtol=precision)
+
+
+@contextlib.contextmanager
+def runtime_checks():
+    with jax.debug_nans(True), jax.enable_checks(True):
+        yield
+
+
+MODES = {
+    "runtime_checks": runtime_checks,
+    "leaks": jax.checking_leaks,
+    "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_rule
+def test_debugging_modes(name, mode):
+    tx, grads = balance(RULES[name]()), at(gradients(), 0)
+    with MODES[mode]():
+        if mode == "runtime_checks":  # operation by operation, so that an inner NaN shows
+            jax.block_until_ready(tx.update(grads, tx.init(PARAMS), PARAMS, **EXTRA))
+        else:  # shows when the program is traced
+            jax.jit(functools.partial(run, RULES[name]())).trace(gradients())
+
+
+@every_rule
+def test_float64_leaves(name):
+    expected, _, narrow_state = compiled_run(name)(gradients())
+    with jax.enable_x64(True):
+        params, grads = jax.tree.map(
+            lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), (PARAMS, gradients())
+        )
+        tx = balance(RULES[name]())
+        state, update = tx.init(params), jax.jit(functools.partial(tx.update, **EXTRA))
+        for t in range(STEPS):
+            updates, state = update(at(grads, t), state, params)
+        assert_same_types(updates, params)
+    assert_same_types(state, narrow_state)  # what is on disk does not depend on the flag
+    updates = jax.tree.map(np.float32, updates)
+    chex.assert_trees_all_close(updates, at(expected, -1), rtol=1e-5, atol=1e-4)
+
+
+def test_a_rule_that_returns_float64_does_not_widen_the_average():
+    with jax.enable_x64(True):
+        rule = weighting.rescaled(weighting.inverse_share(2), np.float64(2))
+        tx = balance(weighting.stabilize(rule, warmup_steps=0))
+        state = tx.init(jnp.zeros(2))
+        _, after = jax.eval_shape(tx.update, jnp.ones((2, 2)), state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+@every_rule
+def test_parameters_in_the_state_are_told_from_the_rest(name):
+    rule = RULES[name]()
+    tx = optax.chain(balance(rule, shared=exclude("head")), optax.adam(1e-3))
+    state = tx.init(PARAMS)
+    mapped = optax.tree_map_params(tx, lambda p: p + 1, state, transform_non_params=lambda x: "no")
+    chex.assert_trees_all_equal(optax.tree.get(mapped, "mu"), jax.tree.map(jnp.ones_like, PARAMS))
+    assert set(jax.tree.leaves(mapped[0])) == {"no"}
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    weights = optax.tree.get(state, "task_weights")
+    np.testing.assert_array_equal(weights, np.float32(rule.initial_weights))
+
+
+def export_for_accelerators(rule):
+    tx = optax.chain(balance(rule), optax.adamw(1e-3))
+    step = jax.jit(lambda grads, state: tx.update(grads, state, PARAMS, **EXTRA))
+    return export.export(step, platforms=["tpu", "cuda"])(at(gradients(), 0), tx.init(PARAMS))
+
+
+@every_rule
+def test_lowers_for_tpu_and_cuda_with_no_call_to_the_host(name):
+    exported = export_for_accelerators(RULES[name]())
+    assert exported.platforms == ("tpu", "cuda")
+    targets = re.findall(r"custom_call @(\w+)", exported.mlir_module())
+    assert not [target for target in targets if "callback" in target]
+
+
+def test_a_call_to_the_host_would_show():
+    def update(stats, state):
+        shape = jax.ShapeDtypeStruct((K,), jnp.float32)
+        return jax.pure_callback(lambda norms: norms, shape, stats.norms), state
+
+    with pytest.raises(NotImplementedError, match="callback"):
+        export_for_accelerators(RULES["inverse_norm"]()._replace(update=update))
