@@ -175,7 +175,7 @@ def restrict(
     return jnp.where(jnp.all(usable), weights, rest).astype(jnp.float32)
 
 
-def task_presence(task_mask: ArrayLike | None, num_tasks: int) -> Bool[Array, " tasks"]:
+def task_presence(task_mask: Any, num_tasks: int) -> Bool[Array, " tasks"]:
     """The mask as [K] bool; all True for None."""
     if task_mask is None:
         return jnp.ones([num_tasks], bool)

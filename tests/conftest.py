@@ -5,8 +5,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+
+# The shapes in the annotations of the dense helpers hold in every test.
+DENSE = ["gaba_jax._advance", "gaba_jax._stats", "gaba_jax.monitor", "gaba_jax.turbofan.model"]
+jaxtyping.install_import_hook(DENSE, "beartype.beartype")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
