@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._selection import Selection
@@ -128,20 +127,29 @@ def advance(
     # Where the measurement is rejected the rule runs on harmless numbers and its answer is dropped.
     norms = jnp.where(accepted, norms, 0)
     cosines, pairs = None, present[:, None] & present[None, :]
-    if measurement is not None and measured is not None and "cosines" in weighting.needs:
+    if measurement is not None and measured is not None and state.task_cosines is not None:
         identity = jnp.eye(weighting.num_tasks, dtype=jnp.float32)
         cosines = jnp.where(pairs & accepted, measurement.cosines(measured, norms), identity)
     stats = TaskStats(
         norms=norms,
         cosines=cosines,
         losses=None if losses is None else jnp.where(accepted, losses, 1),
-        present=present,
+        present=present | ~accepted,
         elapsed=jnp.maximum(state.since_measured, 1),
     )
     weights, weighting_state = weighting.update(stats, state.weighting_state)
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.shape != (weighting.num_tasks,):
+        raise ValueError(
+            f"the weighting's update must return weights of shape ({weighting.num_tasks},), one "
+            f"per task; it returned shape {weights.shape}."
+        )
+    if not jax.tree.leaves(state.weighting_state):
+        # A rule without state has no memory of an absent task: what it had last is kept for it.
+        weights = _keep_absent(weights, state.next_task_weights, present)
     new = BalanceState(
         task_weights=state.task_weights,
-        next_task_weights=weights.astype(jnp.float32),
+        next_task_weights=weights,
         task_norms=jnp.where(present, norms, state.task_norms),
         task_cosines=None
         if cosines is None or state.task_cosines is None
@@ -160,6 +168,19 @@ def advance(
     )
     state = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
     return state._replace(task_weights=restrict(state.next_task_weights, usable))
+
+
+def _keep_absent(
+    weights: Float[Array, " tasks"],
+    last: Float[Array, " tasks"],
+    present: Bool[Array, " tasks"],
+) -> Float[Array, " tasks"]:
+    """The last weights of absent tasks; the others share the rest of the rule's sum."""
+    among_present = jnp.where(present, weights, 0)
+    held = jnp.sum(among_present)
+    rest = jnp.maximum(jnp.sum(weights) - jnp.sum(jnp.where(present, 0, last)), 0)
+    kept = jnp.where(present, among_present * (rest / jnp.where(held > 0, held, 1)), last)
+    return jnp.where(jnp.all(present), weights, kept)
 
 
 def restrict(
@@ -188,9 +209,7 @@ def task_presence(task_mask: Any, num_tasks: int) -> Bool[Array, " tasks"]:
     return mask
 
 
-def needed_losses(
-    weighting: Weighting, task_losses: ArrayLike | None
-) -> Float[Array, " tasks"] | None:
+def needed_losses(weighting: Weighting, task_losses: Any) -> Float[Array, " tasks"] | None:
     """The losses as [K] float32 where the weighting needs them, else None."""
     if "losses" not in weighting.needs:
         return None
@@ -199,6 +218,11 @@ def needed_losses(
         raise ValueError(
             f"this weighting needs the task losses: call {remedy}. A train state whose "
             "apply_gradients takes no extra arguments does not pass them on."
+        )
+    if isinstance(task_losses, dict | list | tuple):
+        raise ValueError(
+            f"task_losses must be an array of shape ({weighting.num_tasks},), got a "
+            f"{type(task_losses).__name__}: call {remedy} with what task_value_and_grad returned."
         )
     losses = jnp.asarray(task_losses)
     if losses.shape != (weighting.num_tasks,):

@@ -15,7 +15,7 @@ def path_name(path: Any) -> str:
     """The dotted name of a leaf, as the selectors and the error messages write it."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the array of a Flax variable
         path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "(the whole tree)"
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -29,7 +29,7 @@ def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) ->
     if len(leaves) != num_leaves:
         raise ValueError(
             f"updates has {len(leaves)} leaves, but init saw parameters with {num_leaves}: "
-            "gradients and parameters must have the same tree structure."
+            f"gradients and parameters must have the same tree structure. {_REMEDY}"
         )
     names = leaf_names(updates)
     if params is not None and leaf_names(params) != names:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from gaba_jax._contract import leaf_names
@@ -137,7 +138,7 @@ def _resolve(
         ) from error
     leaves = jax.tree.leaves(broadcast)
     for leaf, path in zip(leaves, paths, strict=True):
-        if isinstance(leaf, Tracer) or leaf not in (True, False):
+        if isinstance(leaf, Tracer) or np.ndim(leaf) or leaf not in (True, False):
             raise ValueError(
                 f"{argument} must be a pytree of concrete bools; at {path!r} it is {leaf!r}. Use "
                 "exclude(...), only(...) or a callable params -> mask."

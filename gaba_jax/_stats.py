@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+# Slices run faster; past this many the program takes too long to compile.
+_MOST_SLICES = 256
+
 # One factor per regime keeps the squares inside float32's range, underflow included.
 _USUAL_SCALE = 2.0**37  # norms from 1e-22 to 1e8; a sum of zero is a true zero down to 1e-30
 _TINY_SCALE = 2.0**100
@@ -93,15 +96,20 @@ def leaf_norms(
 ) -> Float[Array, "leaves tasks"]:
     """Norms of stacked gradients per leaf and task; 0 where a leaf is not wanted.
 
-    Slice by slice: XLA folds a slice of a stack, so the stack need not be read again.
+    Slice by slice: XLA folds a slice of a stack, so the stack need not be read again. Where that
+    would make too many reductions, one reduction a leaf.
     """
+    sliced = num_tasks * len(leaves) <= _MOST_SLICES
 
     def row(leaf: Array, want: bool, scale: Array) -> Array:
         if not want:
             return jnp.zeros([num_tasks], jnp.float32)
-        each = [sum_of_squares(leaf[i], scale[i]) for i in range(num_tasks)]
+        if sliced:
+            sums = jnp.stack([sum_of_squares(leaf[i], scale[i]) for i in range(num_tasks)])
+        else:
+            sums = jax.vmap(sum_of_squares)(leaf, scale)
         # float64 sums come back to float32 before the root: their scaled square fits there too.
-        return jnp.stack(each).astype(jnp.float32)
+        return sums.astype(jnp.float32)
 
     if not leaves:
         return jnp.zeros([0, num_tasks], jnp.float32)

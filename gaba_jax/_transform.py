@@ -55,7 +55,7 @@ def balance(
       nonfinite: "propagate" (default) leaves NaN and Inf in the update (pair it with
         ``optax.apply_if_finite`` after this transform); "drop" leaves a task with a non-finite
         value on any leaf out of this update and rescales the weights of the others. Either way
-        the average is not touched by such an update.
+        a non-finite norm on the measured parameters leaves average and step untouched.
 
     Returns:
       A transform with a :class:`BalanceState`. Its ``update(updates, state, params=None, *,
@@ -104,11 +104,8 @@ def balance(
         check_stacked(updates, params, num_tasks, state.seen_by_task.shape[0])
         task_losses = needed_losses(weighting, task_losses)
         present = task_presence(task_mask, num_tasks)
-        selection = select(
-            shared,
-            measure_on,
-            jax.tree.map(lambda u: jax.ShapeDtypeStruct(u.shape[1:], u.dtype), updates),
-        )
+        like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
+        selection = select(shared, measure_on, like_params)
         leaves = jax.tree.leaves(updates)
         measurement, usable = None, present
         reads = measures_gradients(weighting)
@@ -189,7 +186,7 @@ def gaba(
 
     Raises:
       ValueError: ``num_tasks`` < 2, ``beta`` outside [0, 1), ``warmup_steps`` negative,
-        ``min_weight`` above 1/K, or any of the errors of :func:`balance`.
+        ``min_weight`` outside [0, 1/K], or any of the errors of :func:`balance`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,38 +57,60 @@ def task_value_and_grad(
         raise ValueError(f'{method=} must be "unroll", "vmap" or "scan".')
 
     def value_and_grad(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        def of_params(params: Any) -> Any:
-            out = losses_fn(params, *args, **kwargs)
-            losses, aux = _split_aux(out) if has_aux else (out, None)
-            _check_losses(losses)
-            return losses, aux
-
         _check_params(params)
-        losses, pushforward, aux = jax.linearize(of_params, params, has_aux=True)
-        stacked = _stack(losses)
-        num_tasks = stacked.shape[0]
-
-        def gradient_of(pick: Callable[[Any], Array], cotangent: Array) -> Any:
-            # Transposing what one loss depends on leaves the others out of the backward pass.
-            transposed = jax.linear_transpose(lambda tangent: pick(pushforward(tangent)), params)
-            return transposed(cotangent)[0]
-
+        linear = linearize_losses(lambda p: losses_fn(p, *args, **kwargs), params, has_aux)
+        num_tasks = linear.losses.shape[0]
         if method == "unroll":
-            one = jnp.ones_like(stacked[0])
-            each = [
-                gradient_of(lambda out, i=i: _pick(out, i).astype(one.dtype), one)
-                for i in range(num_tasks)
-            ]
+            each = [linear.pull_back_one(i) for i in range(num_tasks)]
             grads = jax.tree.map(lambda *slices: jnp.stack(slices), *each)
         else:
-            one_hot = jnp.eye(num_tasks, dtype=stacked.dtype)
-            over_tasks = (
-                jax.vmap if method == "vmap" else functools.partial(functools.partial, lax.map)
-            )
-            grads = over_tasks(functools.partial(gradient_of, _stack))(one_hot)
-        return ((stacked, aux) if has_aux else stacked), grads
+            one_hot = jnp.eye(num_tasks, dtype=linear.losses.dtype)
+            if method == "vmap":
+                grads = jax.vmap(linear.pull_back)(one_hot)
+            else:
+                grads = lax.map(linear.pull_back, one_hot)
+        return ((linear.losses, linear.aux) if has_aux else linear.losses), grads
 
     return value_and_grad
+
+
+class LinearizedLosses(NamedTuple):
+    """K losses after their one forward pass.
+
+    ``pull_back(cotangent [K])`` is the gradient of ``sum_i cotangent_i L_i``; ``pull_back_one(i)``
+    that of loss i, from what loss i depends on alone where losses were returned separately.
+    """
+
+    losses: Array
+    aux: Any
+    pull_back: Callable[[Array], Any]
+    pull_back_one: Callable[[int], Any]
+
+
+def linearize_losses(
+    losses_of: Callable[[Any], Any], inputs: Any, has_aux: bool
+) -> LinearizedLosses:
+    """Runs the forward pass of ``losses_of(inputs)`` and checks what it returns."""
+
+    def checked(inputs: Any) -> tuple[Any, Any]:
+        out = losses_of(inputs)
+        losses, aux = _split_aux(out) if has_aux else (out, None)
+        _check_losses(losses)
+        return losses, aux
+
+    losses, pushforward, aux = jax.linearize(checked, inputs, has_aux=True)
+    stacked = _stack(losses)
+
+    def transpose(pick: Callable[[Any], Array], cotangent: Array) -> Any:
+        # Transposing what one loss depends on leaves the others out of the backward pass.
+        transposed = jax.linear_transpose(lambda tangent: pick(pushforward(tangent)), inputs)
+        return transposed(cotangent)[0]
+
+    def pull_back_one(index: int) -> Any:
+        one = jnp.ones_like(stacked[0])
+        return transpose(lambda out: _pick(out, index).astype(one.dtype), one)
+
+    return LinearizedLosses(stacked, aux, functools.partial(transpose, _stack), pull_back_one)
 
 
 def task_names(losses: Any) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ def balance_metrics(
     :math:`g_i / \sum_j g_j`; ``contribution/i``, :math:`\lambda_i g_i`. Over the tasks:
     ``gradient_ratio``, :math:`\max g / \min g`; ``imbalance``,
     :math:`\max \lambda g / \min \lambda g`, 1 where the tasks pull equally; both infinite where
-    only the smaller one is zero, 1 where both are. And ``nonfinite_count``, the rejected
-    measurements.
+    only the smaller one is zero, 1 where both are. Tasks of weight 0 do not enter the imbalance.
+    And ``nonfinite_count``, the rejected measurements, and ``since_measured``, the updates since
+    the last accepted one, 0 if there was none.
 
     It may be called under ``jit``.
 
@@ -69,8 +70,10 @@ def balance_metrics(
 def _metrics_of(state: BalanceState, task_names: Sequence[str] | None) -> dict[str, Array]:
     weights, norms = jnp.asarray(state.task_weights), jnp.asarray(state.task_norms)
     names = [str(i) for i in range(norms.shape[0])] if task_names is None else list(task_names)
-    if len(names) != norms.shape[0]:
-        raise ValueError(f"task_names has {len(names)} names for {norms.shape[0]} tasks: {names}.")
+    if len(set(names)) != norms.shape[0]:
+        raise ValueError(
+            f"task_names must be {norms.shape[0]} different names, one per task; got {names}."
+        )
     total = jnp.sum(norms)
     vectors = {
         "weight": weights,
@@ -84,8 +87,12 @@ def _metrics_of(state: BalanceState, task_names: Sequence[str] | None) -> dict[s
         for i, name in enumerate(names)
     }
     metrics["gradient_ratio"] = _ratio(norms)
-    metrics["imbalance"] = _ratio(jnp.abs(weights * norms))
+    # An absent task was left out; it does not make the others unbalanced.
+    applied = jnp.abs(weights) > 0
+    contributions = jnp.abs(weights * norms)
+    metrics["imbalance"] = _ratio(jnp.where(applied, contributions, jnp.max(contributions)))
     metrics["nonfinite_count"] = jnp.asarray(state.nonfinite_count)
+    metrics["since_measured"] = jnp.asarray(state.since_measured)
     return metrics
 
 

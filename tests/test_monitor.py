@@ -23,6 +23,7 @@ def test_numbers():
         "gradient_ratio",
         "imbalance",
         "nonfinite_count",
+        "since_measured",
     }
     assert all(np.shape(value) == () for value in metrics.values())
     expected = {
@@ -63,5 +64,5 @@ def test_inside_nnx_optimizer():
 def test_errors():
     with pytest.raises(ValueError, match="no BalanceState"):
         balance_metrics(optax.adam(1e-3).init(PARAMS))
-    with pytest.raises(ValueError, match="3 names for 2 tasks"):
+    with pytest.raises(ValueError, match="must be 2 different names"):
         balance_metrics(gaba().init(PARAMS), ["a", "b", "c"])

@@ -60,6 +60,13 @@ def test_low_precision_leaves_accumulate_in_float32(dtype, value):
     np.testing.assert_allclose(norms_of([leaf]), exact([leaf]), rtol=1e-6)
 
 
+def test_many_tasks_and_leaves_take_one_reduction_a_leaf():
+    rng = np.random.default_rng(3)
+    leaves = [rng.normal(size=(64, 3)).astype(np.float32) * 10.0**power for power in range(-4, 5)]
+    assert 64 * len(leaves) > _stats._MOST_SLICES
+    np.testing.assert_allclose(jax.jit(norms_of)(leaves), exact(leaves), rtol=1e-6)
+
+
 def test_a_million_equal_elements():
     leaf = jnp.full((2, 1000, 1000), 0.1, jnp.float32)
     np.testing.assert_allclose(jax.jit(norms_of)([leaf]), exact([leaf]), rtol=1e-6)

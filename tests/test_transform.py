@@ -271,6 +271,20 @@ class TestMask:
         _, state = tx.update(THREE, tx.init(W), task_mask=jnp.array([True, True, False]))
         np.testing.assert_array_equal(state.task_weights, [3, 3, 0])
 
+    def test_a_rule_without_state_keeps_the_weight_of_an_absent_task(self):
+        tx = unstabilized(3)
+        _, state = tx.update(THREE, tx.init(W))
+        np.testing.assert_allclose(state.next_task_weights, [0.45, 0.4, 0.15], rtol=1e-6)
+        mask = jnp.array([True, True, False])
+        _, state = tx.update(THREE, state, task_mask=mask)
+        np.testing.assert_allclose(
+            state.next_task_weights, [0.85 * 2 / 3, 0.85 / 3, 0.15], rtol=1e-6
+        )
+        np.testing.assert_allclose(state.task_weights, [2 / 3, 1 / 3, 0], rtol=1e-6)
+        # A rejected update applies what was kept, not an equal share for the loudest task.
+        _, state = tx.update({"w": THREE["w"].at[0].set(jnp.nan)}, state)
+        np.testing.assert_allclose(state.task_weights[2], 0.15, rtol=1e-6)
+
     def test_a_task_absent_from_the_start_keeps_its_equal_share(self):
         tx = gaba(3, warmup_steps=0, min_weight=0.0, debias=True)
         mask = jnp.array([True, True, False])
@@ -327,18 +341,35 @@ class TestStatistics:
             _, state = tx.update(THREE, tx.init(W), task_losses=losses)
             assert state.nonfinite_count == rejected
 
+    @pytest.mark.parametrize("shape", [(3, 1), (2,), ()])
+    def test_a_rule_that_returns_another_shape(self, shape):
+        rule = recorder({"norms"})._replace(update=lambda stats, state: (jnp.ones(shape), state))
+        tx = balance(rule)
+        with pytest.raises(ValueError, match=r"weights of shape \(3,\), one per task"):
+            tx.update(THREE, tx.init(W))
+
     def test_missing_losses_raise_at_trace_time(self):
         tx = balance(recorder({"losses"}))
         with pytest.raises(ValueError, match=r"task_losses=losses.*apply_gradients"):
             jax.jit(tx.update)(THREE, tx.init(W))
         with pytest.raises(ValueError, match=r"shape \(3,\).*got shape \(\)"):
             tx.update(THREE, tx.init(W), task_losses=1.0)
+        with pytest.raises(ValueError, match=r"shape \(3,\), got a dict"):
+            tx.update(THREE, tx.init(W), task_losses={"a": 1.0})
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: balance(weighting.uniform), "Call the rule first"),
+        (
+            lambda: balance(weighting.uniform(3)._replace(initial_weights=np.ones(2))),
+            r"initial_weights must have shape \(3,\)",
+        ),
+        (
+            lambda: balance(weighting.uniform(3)._replace(needs=("norms", "moments"))),
+            r"names \['moments'\]",
+        ),
         (lambda: gaba(nonfinite="skip"), '"propagate" or "drop"'),
         (lambda: gaba(weight_task_specific=False), "explicit shared"),
         (lambda: gaba(1), "num_tasks=1"),

@@ -62,8 +62,22 @@ def check_num_tasks(num_tasks: Any, least: int = 1) -> int:
     return int(num_tasks)
 
 
-def concrete(value: Number) -> float | None:
-    """The value as a float, None where it is traced and cannot be looked at."""
+def number(argument: str, value: Any) -> float | None:
+    """The checked scalar where it is concrete, None where it is traced.
+
+    Raises:
+      ValueError: ``value`` is no scalar number, or of fewer than 32 bits.
+    """
+    if np.shape(value) != ():
+        raise ValueError(f"{argument} must be a scalar, got shape {np.shape(value)}.")
+    if not isinstance(value, float | int | np.number | np.ndarray | jax.Array):
+        raise ValueError(f"{argument} must be a number, got {value!r}.")
+    dtype = np.result_type(value) if isinstance(value, float | int) else value.dtype
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{argument} came as {dtype}, which rounds values near 1 to 1. Under "
+            "optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
+        )
     return None if isinstance(value, Tracer) else float(value)
 
 
@@ -74,11 +88,16 @@ def check_weighting(weighting: Any) -> None:
             f"weighting must be a gaba_jax.weighting.Weighting, got {weighting!r}. "
             "Call the rule first: balance(weighting.inverse_norm(3))."
         )
-    unknown = weighting.needs - {"norms", "cosines", "losses"}
+    unknown = set(weighting.needs) - {"norms", "cosines", "losses"}
     if unknown:
         raise ValueError(
             f'{weighting.needs=} names {sorted(unknown)}; a rule can need "norms", "cosines" '
             'and "losses".'
+        )
+    if np.shape(weighting.initial_weights) != (weighting.num_tasks,):
+        raise ValueError(
+            f"initial_weights must have shape ({weighting.num_tasks},), one per task, got shape "
+            f"{np.shape(weighting.initial_weights)}."
         )
 
 

@@ -10,8 +10,8 @@ from gaba_jax.weighting._base import (
     Number,
     Weighting,
     check_num_tasks,
-    concrete,
     equal_weights,
+    number,
     over_present,
     task_vector,
 )
@@ -54,7 +54,7 @@ def inverse_norm(
       Array([0.0909, 0.9091], dtype=float32)
     """
     check_num_tasks(num_tasks)
-    exponent = concrete(power)
+    exponent = number("power", power)
     if exponent is not None and not 0 <= exponent < float("inf"):
         raise ValueError(f"{power=} must be finite and at least 0.")
     priorities = task_vector("task_priorities", task_priorities, num_tasks)

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Number, Weighting, check_weighting, concrete
+from gaba_jax.weighting._base import Number, Weighting, check_weighting, number
 
 
 def rescaled(weighting: Weighting, total: Number) -> Weighting:
@@ -35,7 +35,7 @@ def rescaled(weighting: Weighting, total: Number) -> Weighting:
       Array([1., 1.], dtype=float32)
     """
     check_weighting(weighting)
-    target = concrete(total)
+    target = number("total", total)
     if target is not None and not 0 < target < float("inf"):
         raise ValueError(f"{total=} must be positive and finite.")
 

@@ -13,8 +13,8 @@ from gaba_jax.weighting._base import (
     Weighting,
     check_num_tasks,
     check_weighting,
-    concrete,
     equal_weights,
+    number,
 )
 
 Floor = Literal["renormalize", "project"]
@@ -87,14 +87,14 @@ def stabilize(
     """
     check_weighting(weighting)
     num_tasks = check_num_tasks(weighting.num_tasks, least=2)
-    decay, least = _number("beta", beta), _number("min_weight", min_weight)
-    warmup = concrete(warmup_steps)
+    decay, least = number("beta", beta), number("min_weight", min_weight)
+    warmup = number("warmup_steps", warmup_steps)
     if decay is not None and not 0 <= np.float32(decay) < 1:
         raise ValueError(
             f"{beta=} must be in [0, 1), in float32 too: 0 is no smoothing, 1 would never move."
         )
-    if warmup is not None and warmup < 0:
-        raise ValueError(f"{warmup_steps=} must be at least 0.")
+    if warmup is not None and not (warmup >= 0 and warmup.is_integer()):
+        raise ValueError(f"{warmup_steps=} must be at least 0, and whole.")
     if least is not None and not 0 <= num_tasks * least <= 1 + 1e-6:
         raise ValueError(
             f"{min_weight=} must be in [0, 1/num_tasks]: {num_tasks} weights that sum to 1 cannot "
@@ -120,7 +120,7 @@ def stabilize(
         raw = _scaled_to_average(inner_weights, stats, state.ema_weights)
         # The average forgets by the updates that passed, of them only those after the warm-up.
         passed = jnp.clip(step - warmup_steps, 1, stats.elapsed)
-        decay = jnp.asarray(beta, jnp.float32) ** passed.astype(jnp.float32)
+        decay = jnp.clip(jnp.asarray(beta, jnp.float32), 0, 1) ** passed.astype(jnp.float32)
         mass = decay * state.ema_mass + (1 - decay)
         rate = jnp.where(mass > 0, (1 - decay) / jnp.where(mass > 0, mass, 1), 0)
         averaged = StabilizeState(
@@ -170,16 +170,3 @@ def _project(average: Float[Array, " tasks"], min_weight: Number) -> Float[Array
 
 
 _FLOORS = {"renormalize": _renormalize, "project": _project}
-
-
-def _number(argument: str, value: Number) -> float | None:
-    """The checked scalar where it is concrete, None where it is traced."""
-    if np.shape(value) != ():
-        raise ValueError(f"{argument} must be a scalar, got shape {np.shape(value)}.")
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-        raise ValueError(
-            f"{argument} came as {dtype}, which rounds values near 1 to 1. Under "
-            "optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
-        )
-    return concrete(value)
