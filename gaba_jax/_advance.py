@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._selection import Selection
 from gaba_jax._stats import TaskStats, combine_norms
-from gaba_jax.weighting._base import Weighting
+from gaba_jax.weighting._base import Weighting, share_out
 
 
 class BalanceState(NamedTuple):
@@ -176,10 +176,8 @@ def _keep_absent(
     present: Bool[Array, " tasks"],
 ) -> Float[Array, " tasks"]:
     """The last weights of absent tasks; the others share the rest of the rule's sum."""
-    among_present = jnp.where(present, weights, 0)
-    held = jnp.sum(among_present)
     rest = jnp.maximum(jnp.sum(weights) - jnp.sum(jnp.where(present, 0, last)), 0)
-    kept = jnp.where(present, among_present * (rest / jnp.where(held > 0, held, 1)), last)
+    kept = jnp.where(present, share_out(weights, present, rest), last)
     return jnp.where(jnp.all(present), weights, kept)
 
 
@@ -187,13 +185,8 @@ def restrict(
     weights: Float[Array, " tasks"], usable: Bool[Array, " tasks"]
 ) -> Float[Array, " tasks"]:
     """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none."""
-    total = jnp.sum(weights)
-    kept = jnp.where(usable, weights, 0)
-    held = jnp.sum(kept)
-    count = jnp.maximum(jnp.sum(usable), 1).astype(weights.dtype)
-    equal = jnp.where(usable, total / count, 0)
-    rest = jnp.where(held > 0, kept * (total / jnp.where(held > 0, held, 1)), equal)
-    return jnp.where(jnp.all(usable), weights, rest).astype(jnp.float32)
+    rest = share_out(weights, usable, jnp.sum(weights))
+    return jnp.where(jnp.all(usable), weights, rest)
 
 
 def task_presence(task_mask: Any, num_tasks: int) -> Bool[Array, " tasks"]:

@@ -121,20 +121,29 @@ def task_vector(argument: str, value: ArrayLike | None, num_tasks: int) -> Array
     return vector
 
 
+def share_out(
+    raw: Float[Array, " tasks"], among: Bool[Array, " tasks"], total: ArrayLike
+) -> Float[Array, " tasks"]:
+    """Scales raw weights to the sum ``total`` over some tasks; 0 for the others.
+
+    Equal shares where those tasks hold no weight.
+    """
+    raw = jnp.where(among, raw, 0)
+    raw = jnp.where(jnp.sum(raw) > 0, raw, among.astype(jnp.float32))
+    held = jnp.sum(raw)
+    return raw / jnp.where(held > 0, held, 1) * total
+
+
 def over_present(
     raw: Float[Array, " tasks"],
     present: Bool[Array, " tasks"],
     priorities: Float[Array, " tasks"] | None = None,
 ) -> Float[Array, " tasks"]:
-    """Normalises raw weights >= 0 over the present tasks; an absent task has its equal share 1/K.
+    """Raw weights >= 0, times the priorities, normalised over the present tasks.
 
-    All-zero raw weights count as equal ones.
+    An absent task has its equal share 1/K.
     """
-    count = jnp.sum(present).astype(jnp.float32)
-    raw = jnp.where(present, raw, 0)
-    raw = jnp.where(jnp.any(raw > 0), raw, present.astype(jnp.float32))
-    if priorities is not None:
-        raw = raw * priorities
-    shares = raw / jnp.where(count > 0, jnp.sum(raw), 1)
     num_tasks = raw.shape[0]
-    return jnp.where(present, shares * (count / num_tasks), 1 / num_tasks)
+    raw = raw if priorities is None else raw * priorities
+    shares = share_out(raw, present, jnp.sum(present).astype(jnp.float32) / num_tasks)
+    return jnp.where(present, shares, 1 / num_tasks)

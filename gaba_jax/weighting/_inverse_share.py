@@ -33,8 +33,7 @@ def inverse_share(num_tasks: int, *, task_priorities: ArrayLike | None = None) -
       task_priorities: [K] positive, default equal.
 
     Returns:
-      A :class:`Weighting`; the weights are >= 0 and sum to 1. Where all norms are zero they are
-      1/K each, or in the ratio of the priorities.
+      A :class:`Weighting`; the weights are >= 0 and sum to 1, 1/K each where all norms are zero.
 
     Raises:
       ValueError: ``num_tasks`` < 2; ``task_priorities`` is not a positive [K].

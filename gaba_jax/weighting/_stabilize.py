@@ -15,6 +15,7 @@ from gaba_jax.weighting._base import (
     check_weighting,
     equal_weights,
     number,
+    share_out,
 )
 
 Floor = Literal["renormalize", "project"]
@@ -142,13 +143,11 @@ def _scaled_to_average(
     weights: Float[Array, " tasks"], stats: TaskStats, average: Float[Array, " tasks"]
 ) -> Float[Array, " tasks"]:
     """The rule's weights on the average's scale; an absent task's average stands."""
-    raw = jnp.where(stats.present, jnp.maximum(weights.astype(jnp.float32), 0), 0)
-    raw = jnp.where(jnp.any(raw > 0), raw, stats.present.astype(jnp.float32))
     # 1 - absent, not the sum of the present: with all present that is 1 without rounding, and the
     # average cannot drift away from the simplex.
     mass = 1 - jnp.sum(jnp.where(stats.present, 0, average))
-    total = jnp.sum(raw)
-    return jnp.where(stats.present, raw * (mass / jnp.where(total > 0, total, 1)), average)
+    raw = jnp.maximum(weights.astype(jnp.float32), 0)
+    return jnp.where(stats.present, share_out(raw, stats.present, mass), average)
 
 
 def _renormalize(average: Float[Array, " tasks"], min_weight: Number) -> Float[Array, " tasks"]:
