@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -12,6 +13,16 @@ import pytest
 # The shapes in the annotations of the dense helpers hold in every test.
 DENSE = ["gaba_jax._advance", "gaba_jax._stats", "gaba_jax.monitor", "gaba_jax.turbofan.model"]
 jaxtyping.install_import_hook(DENSE, "beartype.beartype")
+
+# A busy machine is no failure. In CI the examples are the same every time, so that a change is
+# judged by what it changed; elsewhere they are new ones.
+hypothesis.settings.register_profile(
+    "here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("here"), derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -399,7 +399,7 @@ def test_an_unseen_condition_is_named(split: str) -> None:
 # Windows and targets.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lives=st.lists(st.integers(1, 25), min_size=1, max_size=4),
     window=st.integers(1, 12),
@@ -434,7 +434,7 @@ def test_windows_equal_a_plain_loop(
     assert engines.test.rul_uncapped.tolist() == rul.tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(life=st.integers(1, 300), max_rul=st.floats(1.0, 400.0), stride=st.integers(1, 40))
 def test_the_capped_rul_falls_to_zero_and_the_health_follows(
     life: int, max_rul: float, stride: int

@@ -111,7 +111,7 @@ def compiled_rule(name, num_tasks):
 
 
 @pytest.mark.parametrize("name", RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(norms=norms_of_tasks, data=st.data())
 def test_properties(name, norms, data):
     order = np.array(data.draw(st.permutations(range(len(norms)))))

@@ -171,7 +171,7 @@ def runs(draw):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("floor", ["renormalize", "project"])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(run=runs())
 def test_properties(run, floor, masked):
     norms, order = run["norms"], run["order"]
