@@ -75,7 +75,7 @@ def test_names_are_checked(names):
 
 
 def test_no_error_on_trees_without_leaves():
-    gaba(shared=only("backbone")).init({})
+    assert gaba(shared=only("backbone")).init({}).seen_by_task.shape == (0, 2)
 
 
 def linen_model():

@@ -80,7 +80,9 @@ class TestUpdate:
 
     def test_unknown_extra_arguments_are_ignored(self):
         tx = gaba()
-        tx.update(gradients(1, 1), tx.init(PARAMS), PARAMS, value=1.0, anything="else")
+        plain = tx.update(gradients(1, 1), tx.init(PARAMS), PARAMS)
+        extra = tx.update(gradients(1, 1), tx.init(PARAMS), PARAMS, value=1.0, anything="else")
+        jax.tree.map(np.testing.assert_array_equal, extra, plain)
 
     def test_state_is_what_was_applied(self):
         tx = optax.chain(gaba(beta=0.0, warmup_steps=1), optax.sgd(1.0))
