@@ -129,6 +129,9 @@ def _train(command: Train, console: Console) -> None:
     data = load_data(config)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").unlink(
+            missing_ok=True
+        )  # an interrupted run must not keep an old one
         (out / "metrics.jsonl").write_text("")
     with Progress(
         TextColumn("epoch {task.completed}/{task.total}"),
@@ -161,7 +164,9 @@ def _train(command: Train, console: Console) -> None:
 
 
 def _write(run: Run, data: TurbofanData, out: Path) -> None:
-    (out / "summary.json").write_text(json.dumps(run.summary, indent=2, allow_nan=False) + "\n")
+    scores = {name: _finite(run.summary[name]) for name in ("validation", "test")}
+    summary = json.dumps(run.summary | scores, indent=2, allow_nan=False)
+    (out / "summary.json").write_text(summary + "\n")
     norms = np.concatenate([record.task_norms for record in run.records])
     weights = np.concatenate([record.task_weights for record in run.records])
     for name, figure in [

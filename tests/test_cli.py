@@ -12,6 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gaba_jax import cli
+from gaba_jax.turbofan import metrics
+from gaba_jax.turbofan.train import TrainConfig, load_data, train
 
 SMALL = ["--epochs", "2", "--stride", "10"]
 
@@ -75,6 +77,28 @@ def test_an_earlier_run_is_not_replaced_unasked(finished, capsys):
     assert run("train", *SMALL, "--out", finished) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert (finished / "summary.json").read_bytes() == before
+
+
+def test_an_infinite_score_is_null_and_loses_nothing(tmp_path):
+    config = TrainConfig(epochs=1, stride=10)
+    data = load_data(config)
+    run = train(data, config)
+    run.summary["test"]["nasa_score"] = metrics.nasa_score([90000.0], [1.0])
+    cli._write(run, data, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["test"]["nasa_score"] is None
+    assert summary["test"]["rmse"] == run.summary["test"]["rmse"]
+
+
+def test_a_stopped_rerun_keeps_no_summary_of_the_run_before(tmp_path, monkeypatch):
+    assert run("train", *SMALL, "--out", tmp_path) == 0
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    assert run("train", *SMALL, "--out", tmp_path, "--overwrite") == 130
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_simulate_then_train_on_it(tmp_path, capsys):

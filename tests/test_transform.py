@@ -369,7 +369,11 @@ class TestStatistics:
             r"initial_weights must have shape \(3,\)",
         ),
         (
-            lambda: balance(weighting.uniform(3)._replace(needs=("norms", "moments"))),
+            lambda: balance(weighting.uniform(3)._replace(needs=("norms",))),
+            r"must be a frozenset, such as frozenset\(\{\"norms\"\}\)",
+        ),
+        (
+            lambda: balance(weighting.uniform(3)._replace(needs=frozenset({"norms", "moments"}))),
             r"names \['moments'\]",
         ),
         (lambda: gaba(nonfinite="skip"), '"propagate" or "drop"'),

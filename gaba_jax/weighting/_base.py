@@ -88,7 +88,9 @@ def check_weighting(weighting: Any) -> None:
             f"weighting must be a gaba_jax.weighting.Weighting, got {weighting!r}. "
             "Call the rule first: balance(weighting.inverse_norm(3))."
         )
-    unknown = set(weighting.needs) - {"norms", "cosines", "losses"}
+    if not isinstance(weighting.needs, frozenset | set):
+        raise ValueError(f'{weighting.needs=} must be a frozenset, such as frozenset({{"norms"}}).')
+    unknown = weighting.needs - {"norms", "cosines", "losses"}
     if unknown:
         raise ValueError(
             f'{weighting.needs=} names {sorted(unknown)}; a rule can need "norms", "cosines" '
