@@ -27,7 +27,9 @@ Where things are: the rules in :mod:`gaba_jax.weighting`; what to log in
 from importlib.metadata import version
 
 from gaba_jax import monitor, weighting
+from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._advance import BalanceState
+from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._selection import exclude, only
 from gaba_jax._transform import balance, gaba
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
@@ -38,10 +40,13 @@ __version__ = version("gaba-jax")
 
 __all__ = [
     "BalanceState",
+    "BalancedGradient",
+    "TaskMultiSteps",
     "TaskStats",
     "Weighting",
     "balance",
     "balance_metrics",
+    "balanced_value_and_grad",
     "exclude",
     "gaba",
     "monitor",

@@ -84,6 +84,7 @@ def advance(
     task_losses: Float[Array, " tasks"] | None,
     present: Bool[Array, " tasks"],
     usable: Bool[Array, " tasks"],
+    lagged: bool = False,
 ) -> BalanceState:
     """One measuring update of the state.
 
@@ -99,6 +100,7 @@ def advance(
       task_losses: [K], where the weighting needs them.
       present: [K] the tasks of this update.
       usable: [K] the present tasks whose gradient enters the update.
+      lagged: whether the update applies the weights from before this measurement.
 
     Returns:
       The state after it; ``task_weights`` are those to apply, 0 for tasks that are not usable.
@@ -166,8 +168,22 @@ def advance(
             finite, state.nonfinite_count, optax.safe_increment(state.nonfinite_count)
         ),
     )
-    state = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
-    return state._replace(task_weights=restrict(state.next_task_weights, usable))
+    advanced = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
+    applied = state if lagged else advanced
+    return advanced._replace(task_weights=restrict(applied.next_task_weights, usable))
+
+
+def is_due(state: BalanceState, every: int) -> Bool[Array, ""]:
+    """Whether this update measures: the first, then every n-th since the last accepted one."""
+    return (state.since_measured == 0) | (state.since_measured >= every)
+
+
+def hold(state: BalanceState, usable: Bool[Array, " tasks"]) -> BalanceState:
+    """An update that does not measure."""
+    return state._replace(
+        task_weights=restrict(state.next_task_weights, usable),
+        since_measured=optax.safe_increment(state.since_measured),
+    )
 
 
 def _keep_absent(

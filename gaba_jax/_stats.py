@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,45 +41,57 @@ class TaskStats(NamedTuple):
 
 
 def safe_norms(
-    sum_squares: Callable[[Float[Array, "leaves tasks"]], Float[Array, "leaves tasks"]],
+    sum_squares: Callable[[Float[Array, "leaves tasks"], Any], tuple[Array, Any]],
     shape: tuple[int, int],
-) -> Float[Array, "leaves tasks"]:
+    carry: Any = None,
+) -> tuple[Float[Array, "leaves tasks"], Any]:
     """Norm per leaf and task from sums of squares taken at a scale.
 
     Args:
-      sum_squares: ``scale -> sums`` with ``sums[l, i] = sum((scale[l, i] * leaf_l[i])**2)``.
+      sum_squares: ``(scale, carry) -> (sums, carry)`` with
+        ``sums[l, i] = sum((scale[l, i] * leaf_l[i])**2)``. It runs once, and once more if a norm is
+        not finite or left the range of the first scale.
       shape: (leaves, tasks).
+      carry: what the first run is given; the second is given what the first returned.
 
     Returns:
-      [leaves, tasks] float32 norms.
+      ([leaves, tasks] float32 norms, the carry of the last run).
     """
-    low, high = _USUAL_RANGE
 
-    # One pass nearly always. The loop makes a second one where a norm left the usual range, from
-    # one compiled copy; the scale is loop-carried, so XLA cannot pull it out of the square.
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        scale, _, passes = carry
-        return (passes == 0) | ((passes == 1) & jnp.any(scale != _USUAL_SCALE))
+    # One compiled copy, run once or twice. The scale is loop-carried, so XLA cannot pull it out of
+    # the square.
+    def unfinished(loop: tuple[Array, Array, Array, Any]) -> Array:
+        scale, _, runs, _ = loop
+        return (runs == 0) | ((runs == 1) & jnp.any(scale != _USUAL_SCALE))
 
-    def measure(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        scale, _, passes = carry
-        norms = jnp.sqrt(sum_squares(scale)) / scale
-        tiny = (norms > 0) & (norms < low)
-        huge = ~(norms <= high)  # an overflow to inf, or a NaN
-        rescaled = jnp.where(huge, _HUGE_SCALE, jnp.where(tiny, _TINY_SCALE, _USUAL_SCALE))
-        return jnp.where(passes == 0, rescaled, scale).astype(jnp.float32), norms, passes + 1
+    def measure(loop: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
+        scale, _, runs, carry = loop
+        sums, carry = sum_squares(scale, carry)
+        norms = jnp.sqrt(sums) / scale
+        return jnp.where(runs == 0, _scale_for(norms), scale), norms, runs + 1, carry
 
     start = (
         jnp.full(shape, _USUAL_SCALE, jnp.float32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros([], jnp.int32),
+        carry,
     )
-    return lax.while_loop(unfinished, measure, start)[1]
+    _, norms, _, carry = lax.while_loop(unfinished, measure, start)
+    return norms, carry
+
+
+def _scale_for(norms: Float[Array, "leaves tasks"]) -> Float[Array, "leaves tasks"]:
+    """The scale for another look at norms that were taken at the usual one."""
+    low, high = _USUAL_RANGE
+    huge = ~(norms <= high)  # an overflow to inf, or a NaN
+    tiny = (norms > 0) & (norms < low)
+    scale = jnp.where(huge, _HUGE_SCALE, jnp.where(tiny, _TINY_SCALE, _USUAL_SCALE))
+    return scale.astype(jnp.float32)
 
 
 def sum_of_squares(slice_: Array, scale: Float[Array, ""]) -> Float[Array, ""]:
     """``sum(|scale * x|**2)`` of one task's gradient on one leaf, in float32 at least."""
-    accurate = _accumulator(slice_)
+    accurate = accumulator(slice_)
     if jnp.issubdtype(slice_.dtype, jnp.complexfloating):
         parts: tuple[Array, ...] = (slice_.real, slice_.imag)
     else:
@@ -90,14 +102,15 @@ def sum_of_squares(slice_: Array, scale: Float[Array, ""]) -> Float[Array, ""]:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # or every eager call would compile anew
+# Jitted, or every eager call would compile anew; inlined, or XLA would build the stack for it.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def leaf_norms(
     leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int
 ) -> Float[Array, "leaves tasks"]:
     """Norms of stacked gradients per leaf and task; 0 where a leaf is not wanted.
 
-    Slice by slice: XLA folds a slice of a stack, so the stack need not be read again. Where that
-    would make too many reductions, one reduction a leaf.
+    Slice by slice: XLA folds a slice of a stack, so that the stack is never built where the
+    gradients come from the same program. Where that would make too many reductions, one a leaf.
     """
     sliced = num_tasks * len(leaves) <= _MOST_SLICES
 
@@ -113,10 +126,12 @@ def leaf_norms(
 
     if not leaves:
         return jnp.zeros([0, num_tasks], jnp.float32)
-    return safe_norms(
-        lambda scale: jnp.stack([row(*each) for each in zip(leaves, wanted, scale, strict=True)]),
-        (len(leaves), num_tasks),
-    )
+
+    def sums(scale: Array, carry: None) -> tuple[Array, None]:
+        rows = [row(*each) for each in zip(leaves, wanted, scale, strict=True)]
+        return jnp.stack(rows), carry
+
+    return safe_norms(sums, (len(leaves), num_tasks))[0]
 
 
 def combine_norms(
@@ -143,7 +158,7 @@ def cosines(
     unit = jnp.where(usable, 1 / jnp.where(usable, norms, 1), 0)
     gram = jnp.zeros([num_tasks, num_tasks], jnp.float32)
     for index, leaf in enumerate(leaves):
-        accurate = _accumulator(leaf)
+        accurate = accumulator(leaf)
         factor = unit.astype(accurate)
         axes = tuple(range(1, leaf.ndim))
         scaled = leaf.astype(jnp.promote_types(leaf.dtype, accurate)) * jnp.expand_dims(
@@ -158,7 +173,7 @@ def cosines(
     return jnp.where(diagonal, 1, jnp.clip(gram, -1, 1)).astype(jnp.float32)
 
 
-def _accumulator(array: Array) -> jnp.dtype:
+def accumulator(array: Array) -> jnp.dtype:
     """Float32, or float64 for leaves of that width."""
     wide = jnp.finfo(array.dtype).bits > 32
     return jnp.dtype(jnp.float64 if wide else jnp.float32)

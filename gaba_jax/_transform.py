@@ -1,5 +1,6 @@
 """Weightings as optax transforms that turn stacked gradients into one balanced update."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -106,15 +107,11 @@ def balance(
         present = task_presence(task_mask, num_tasks)
         like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
         selection = select(shared, measure_on, like_params)
-        leaves = jax.tree.leaves(updates)
+        leaves, structure = jax.tree.flatten(updates)
         measurement, usable = None, present
         reads = measures_gradients(weighting)
         if reads or nonfinite == "drop":
-            constants = jax.tree.map(jax.lax.stop_gradient, leaves)
-            measurement = Measurement(
-                _stats.leaf_norms(constants, _wanted(selection, nonfinite), num_tasks),
-                lambda measured, norms: _stats.cosines(constants, measured, norms),
-            )
+            measurement = measure_stacked(leaves, wanted_leaves(selection, nonfinite), num_tasks)
             if nonfinite == "drop":
                 usable = present & jnp.all(jnp.isfinite(measurement.leaf_norms), axis=0)
         state = advance(
@@ -126,16 +123,13 @@ def balance(
             present=present,
             usable=usable,
         )
+        coefficients = leaf_coefficients(
+            state.task_weights, usable, selection, weight_task_specific
+        )
         all_read = task_mask is None and nonfinite == "propagate"
-        combined = [
-            _combine(leaf, coefficients, None if all_read else usable)
-            for leaf, coefficients in zip(
-                leaves,
-                leaf_coefficients(state.task_weights, usable, selection, weight_task_specific),
-                strict=True,
-            )
-        ]
-        return jax.tree.unflatten(jax.tree.structure(updates), combined), state
+        return structure.unflatten(
+            combine(leaves, coefficients, None if all_read else usable)
+        ), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -242,6 +236,17 @@ def check_driver_arguments(
         )
 
 
+def measure_stacked(
+    leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int
+) -> Measurement:
+    """The measurement of gradients [K, ...], as constants."""
+    constants = jax.tree.map(jax.lax.stop_gradient, leaves)
+    return Measurement(
+        _stats.leaf_norms(constants, wanted, num_tasks),
+        lambda measured, norms: _stats.cosines(constants, measured, norms),
+    )
+
+
 def leaf_coefficients(
     task_weights: Array, usable: Array, selection: Selection, weight_task_specific: bool
 ) -> list[Array]:
@@ -251,7 +256,7 @@ def leaf_coefficients(
     return [task_weights if s or weight_task_specific else plain for s in shared]
 
 
-def _wanted(selection: Selection, nonfinite: Nonfinite) -> tuple[bool, ...]:
+def wanted_leaves(selection: Selection, nonfinite: Nonfinite) -> tuple[bool, ...]:
     """The leaves whose norms somebody reads."""
     if nonfinite == "drop":
         return (True,) * len(selection.measure_on)
@@ -260,11 +265,20 @@ def _wanted(selection: Selection, nonfinite: Nonfinite) -> tuple[bool, ...]:
     return tuple(s and m for s, m in zip(selection.shared, selection.measure_on, strict=True))
 
 
-def _combine(leaf: Array, coefficients: Array, usable: Array | None) -> Array:
-    """``sum_i coefficients[i] * leaf[i]``, slice by slice, never reading an unusable task."""
-    accurate = jnp.promote_types(leaf.dtype, jnp.float32)
-    total = jnp.zeros(leaf.shape[1:], accurate)
-    for i in range(leaf.shape[0]):
-        term = leaf[i].astype(accurate) * coefficients[i].astype(accurate)
-        total = total + (term if usable is None else jnp.where(usable[i], term, 0))
-    return total.astype(leaf.dtype)
+def combine(
+    leaves: Sequence[Array], coefficients: Sequence[Array], usable: Array | None
+) -> list[Array]:
+    """``sum_i coefficients[l][i] * leaves[l][i]``, never reading a task that is not usable.
+
+    Slice by slice, which XLA folds; ``usable`` is None where all are.
+    """
+
+    def total(leaf: Array, factors: Array) -> Array:
+        accurate = jnp.promote_types(leaf.dtype, jnp.float32)
+        total = jnp.zeros(leaf.shape[1:], accurate)
+        for i in range(leaf.shape[0]):
+            term = leaf[i].astype(accurate) * factors[i].astype(accurate)
+            total = total + (term if usable is None else jnp.where(usable[i], term, 0))
+        return total.astype(leaf.dtype)
+
+    return [total(*each) for each in zip(leaves, coefficients, strict=True)]

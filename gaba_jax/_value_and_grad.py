@@ -57,7 +57,7 @@ def task_value_and_grad(
         raise ValueError(f'{method=} must be "unroll", "vmap" or "scan".')
 
     def value_and_grad(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        _check_params(params)
+        check_params(params)
         linear = linearize_losses(lambda p: losses_fn(p, *args, **kwargs), params, has_aux)
         num_tasks = linear.losses.shape[0]
         if method == "unroll":
@@ -157,13 +157,23 @@ def _split_aux(out: Any) -> tuple[Any, Any]:
     return out
 
 
-def _check_params(params: Any) -> None:
-    for path, leaf in jax.tree.leaves_with_path(params):
+def check_params(params: Any) -> None:
+    """Raises ValueError on parameters that have no gradient."""
+    check_inexact(
+        params,
+        "params",
+        "Split the trainable parameters off first, with nnx.split(model, nnx.Param, ...) or "
+        "eqx.partition(model, eqx.is_inexact_array).",
+    )
+
+
+def check_inexact(tree: Any, what: str, remedy: str) -> None:
+    """Raises ValueError on a leaf that is not floating-point."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
-                f"params must be floating-point; leaf {path_name(path)!r} has dtype "
-                f"{jnp.result_type(leaf)}. Split the trainable parameters off first, with "
-                "nnx.split(model, nnx.Param, ...) or eqx.partition(model, eqx.is_inexact_array)."
+                f"{what} must be floating-point; leaf {path_name(path)!r} has dtype "
+                f"{jnp.result_type(leaf)}. {remedy}"
             )
 
 

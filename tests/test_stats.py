@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gaba_jax import _stats, balance
+from gaba_jax import _stats, balance, task_value_and_grad
 from gaba_jax import weighting as weightings
 from gaba_jax._contract import check_stacked
 
@@ -150,3 +150,22 @@ class TestContract:
         state = tx.init(PARAMS)
         with pytest.raises(ValueError, match="Pass the output of task_value_and_grad"):
             jax.jit(tx.update)(PARAMS, state, PARAMS)
+
+
+def test_norms_do_not_build_the_stack():
+    """In one program with the backward passes, the task gradients stay apart."""
+    params = [jnp.ones((256, 256)) for _ in range(4)]
+
+    def losses_fn(params, x):
+        for kernel in params:
+            x = jnp.tanh(x @ kernel)
+        return jnp.mean(x), jnp.mean(x**2)
+
+    tx = balance(weightings.inverse_norm(2))
+
+    def step(params, state, x):
+        return tx.update(task_value_and_grad(losses_fn)(params, x)[1], state, params)
+
+    compiled = jax.jit(step).lower(params, tx.init(params), jnp.ones((8, 256))).compile()
+    stack = 2 * sum(leaf.nbytes for leaf in params)
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * stack

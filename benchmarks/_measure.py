@@ -1,0 +1,95 @@
+"""Timing side by side, memory, and the JSON that every benchmark writes."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+def compile_step(step: Callable[..., Any], carry: Any, batch: Any) -> Any:
+    """The step compiled, its carry donated."""
+    return jax.jit(step, donate_argnums=0).lower(carry, batch).compile()
+
+
+def temp_bytes(compiled: Any) -> int:
+    """What XLA allocates beside arguments and results."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def runner(compiled: Any, carry: Any, batch: Any, steps: int) -> Callable[[], None]:
+    """A call that runs ``steps`` steps on from where the last one ended, and waits for them."""
+
+    def run() -> None:
+        nonlocal carry
+        for _ in range(steps):
+            carry, losses = compiled(carry, batch)
+        jax.block_until_ready((carry, losses))
+
+    return run
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds per call, all of them once in every round, in an order that changes."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = np.random.default_rng(0)
+    for round_ in range(warmup + rounds):
+        for name in order.permutation(list(runs)):
+            start = time.perf_counter()
+            runs[name]()
+            if round_ >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], to: str) -> dict[str, float]:
+    """Medians of the ratio to ``to`` within a round."""
+    return {
+        name: statistics.median(a / b for a, b in zip(values, seconds[to], strict=True))
+        for name, values in seconds.items()
+    }
+
+
+def machine() -> str:
+    """The processor and the devices, in words."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"{name}, {os.cpu_count()} cores; {devices}"
+
+
+def write(path: Path, result: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
+    """Writes the result with machine and versions as JSON."""
+    versions = {"python": platform.python_version()}
+    for name in ("jax", "optax", "flax", "gaba-jax", *packages):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    document = {"machine": machine(), "versions": versions, **result}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if os.isatty(1) else 140).print(table)

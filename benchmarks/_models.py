@@ -1,0 +1,111 @@
+"""The models that the benchmarks train: an encoder and K heads, each with one batch."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gaba_jax.turbofan.model import Backbone
+
+WINDOW, CHANNELS = 30, 17  # of a turbofan window
+
+
+class Model(NamedTuple):
+    params: Any
+    batch: tuple[jax.Array, jax.Array]
+    encoder: Callable[..., jax.Array]  # params, *batch -> features
+    losses_fn: Callable[..., tuple[jax.Array, ...]]  # params, features, *batch -> K losses
+
+    def whole(self, params: Any, *batch: jax.Array) -> tuple[jax.Array, ...]:
+        """The losses from the parameters, without the split at the features."""
+        return self.losses_fn(params, self.encoder(params, *batch), *batch)
+
+
+class Layers(nnx.Module):
+    """Dense layers with ReLU."""
+
+    def __init__(self, widths: list[int], rngs: nnx.Rngs):
+        self.layers = nnx.List(nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x
+
+
+class Recurrent(nnx.Module):
+    """Two LSTM layers; the features are the last state."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 128):
+        self.first = nnx.RNN(nnx.OptimizedLSTMCell(CHANNELS, width, rngs=rngs))
+        self.second = nnx.RNN(nnx.OptimizedLSTMCell(width, width, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.first(x))[:, -1]
+
+
+class Transformer(nnx.Module):
+    """Two pre-norm blocks; the features are the mean over time."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 128):
+        self.embed = nnx.Linear(CHANNELS, width, rngs=rngs)
+        self.blocks = nnx.List(
+            nnx.Dict(
+                norm_0=nnx.LayerNorm(width, rngs=rngs),
+                attention=nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs),
+                norm_1=nnx.LayerNorm(width, rngs=rngs),
+                wide=nnx.Linear(width, 4 * width, rngs=rngs),
+                narrow=nnx.Linear(4 * width, width, rngs=rngs),
+            )
+            for _ in range(2)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block.attention(block.norm_0(x))
+            x = x + block.narrow(nnx.gelu(block.wide(block.norm_1(x))))
+        return x.mean(axis=1)
+
+
+def build(name: str, num_tasks: int, batch_size: int = 64, widths: tuple[int, ...] = ()) -> Model:
+    """One of ``MODELS`` with K linear heads whose losses are up to 500 times apart."""
+    rngs = nnx.Rngs(0)
+    widths = widths or (256, 880, 880, 880, 880)
+    shape: tuple[int, ...] = (batch_size, WINDOW, CHANNELS)
+    if name == "mlp":
+        trunk, shape = Layers(list(widths), rngs), (batch_size, widths[0])
+    else:
+        trunk = MODELS[name](rngs)
+    graph, backbone = nnx.split(trunk, nnx.Param)
+    keys = jax.random.split(jax.random.key(0), num_tasks + 2)
+    x = jax.random.normal(keys[0], shape)
+    y = jax.random.normal(keys[1], (batch_size, num_tasks))
+    features = jax.eval_shape(lambda p: nnx.merge(graph, p)(x), backbone).shape[-1]
+    heads = {
+        f"head_{i}": jax.random.normal(keys[i + 2], (features,)) / features**0.5
+        for i in range(num_tasks)
+    }
+    scales = jnp.geomspace(500.0, 1.0, num_tasks)
+
+    def encoder(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params["backbone"])(x)
+
+    def losses_fn(params: Any, h: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(
+            scales[i] * jnp.mean((h @ params["heads"][f"head_{i}"] - y[:, i]) ** 2)
+            for i in range(num_tasks)
+        )
+
+    return Model({"backbone": backbone, "heads": heads}, (x, y), encoder, losses_fn)
+
+
+MODELS: dict[str, Callable[[nnx.Rngs], nnx.Module] | None] = {
+    "mlp": None,
+    "turbofan": lambda rngs: Backbone(WINDOW, CHANNELS, rngs=rngs),
+    "lstm": Recurrent,
+    "transformer": Transformer,
+}
