@@ -36,15 +36,34 @@ class Layers(nnx.Module):
         return x
 
 
+class Unfolded(nnx.Module):
+    """Two temporal convolutions of width 5, as unfold and dense; the features are their mean."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 128):
+        self.first = nnx.Linear(5 * CHANNELS, width, rngs=rngs)
+        self.second = nnx.Linear(5 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in (self.first, self.second):
+            length = x.shape[1] - 4
+            unfolded = jnp.concatenate([x[:, i : i + length] for i in range(5)], axis=2)
+            x = nnx.relu(layer(unfolded))
+        return x.mean(axis=1)
+
+
 class Recurrent(nnx.Module):
     """Two LSTM layers; the features are the last state."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 128):
+        self.width = width
         self.first = nnx.RNN(nnx.OptimizedLSTMCell(CHANNELS, width, rngs=rngs))
         self.second = nnx.RNN(nnx.OptimizedLSTMCell(width, width, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.second(self.first(x))[:, -1]
+        zeros = jnp.zeros((x.shape[0], self.width), x.dtype)
+        for layer in (self.first, self.second):
+            x = layer(x, initial_carry=(zeros, zeros))
+        return x[:, -1]
 
 
 class Transformer(nnx.Module):
@@ -80,19 +99,20 @@ def build(name: str, num_tasks: int, batch_size: int = 64, widths: tuple[int, ..
         trunk, shape = Layers(list(widths), rngs), (batch_size, widths[0])
     else:
         trunk = MODELS[name](rngs)
-    graph, backbone = nnx.split(trunk, nnx.Param)
+    graph, backbone, rest = nnx.split(trunk, nnx.Param, ...)
     keys = jax.random.split(jax.random.key(0), num_tasks + 2)
     x = jax.random.normal(keys[0], shape)
     y = jax.random.normal(keys[1], (batch_size, num_tasks))
-    features = jax.eval_shape(lambda p: nnx.merge(graph, p)(x), backbone).shape[-1]
+
+    def encoder(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params["backbone"], rest, copy=True)(x)
+
+    features = jax.eval_shape(encoder, {"backbone": backbone}, x, y).shape[-1]
     heads = {
         f"head_{i}": jax.random.normal(keys[i + 2], (features,)) / features**0.5
         for i in range(num_tasks)
     }
     scales = jnp.geomspace(500.0, 1.0, num_tasks)
-
-    def encoder(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params["backbone"])(x)
 
     def losses_fn(params: Any, h: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(
@@ -106,6 +126,7 @@ def build(name: str, num_tasks: int, batch_size: int = 64, widths: tuple[int, ..
 MODELS: dict[str, Callable[[nnx.Rngs], nnx.Module] | None] = {
     "mlp": None,
     "turbofan": lambda rngs: Backbone(WINDOW, CHANNELS, rngs=rngs),
+    "convolution": Unfolded,
     "lstm": Recurrent,
     "transformer": Transformer,
 }

@@ -25,6 +25,7 @@ Step = Callable[[Any, Any], tuple[Any, jax.Array]]  # (carry, batch) -> (carry, 
 def make_step(path: str, model: Model, num_tasks: int) -> tuple[Step, Any]:
     """``(carry, batch) -> (carry, losses)`` and the first carry, to be donated."""
     adamw = optax.adamw(1e-4)
+    floor = min(0.05, 0.5 / num_tasks)
     params = jax.tree.map(jnp.copy, model.params)
     if path == "plain":
         weights = jnp.full(num_tasks, 1 / num_tasks)
@@ -41,7 +42,7 @@ def make_step(path: str, model: Model, num_tasks: int) -> tuple[Step, Any]:
 
         return step, (params, adamw.init(params))
     if path == "stacked":
-        tx = optax.chain(gaba(num_tasks), adamw)
+        tx = optax.chain(gaba(num_tasks, min_weight=floor), adamw)
 
         def step(carry: Any, batch: Any) -> Any:
             params, opt_state = carry
@@ -54,7 +55,8 @@ def make_step(path: str, model: Model, num_tasks: int) -> tuple[Step, Any]:
     losses_fn = model.whole
     if "encoder" in options:
         options["encoder"], losses_fn = model.encoder, model.losses_fn
-    balanced = balanced_value_and_grad(losses_fn, weighting.gaba(num_tasks), **options)
+    rule = weighting.gaba(num_tasks, min_weight=floor)
+    balanced = balanced_value_and_grad(losses_fn, rule, **options)
 
     def step(carry: Any, batch: Any) -> Any:
         params, state, opt_state = carry

@@ -4,15 +4,17 @@ The same model, batch and optimizer on every path, interleaved, medians of ratio
 prints tables and writes benchmarks/overhead.json. ``--model mlp`` for one model.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
 
 from benchmarks import _measure
-from benchmarks._models import MODELS, build
-from benchmarks._paths import PATHS, make_step
+from benchmarks._models import Model, build
+from benchmarks._paths import BALANCED, PATHS, make_step
 
 STEPS = 10  # a call: one cycle of every=10
 RESULT = Path(__file__).with_suffix(".json")
@@ -32,25 +34,32 @@ def flop_ratio(path: str, num_tasks: int) -> float:
     }[path]
 
 
-def measure(name: str, num_tasks: int, rounds: int) -> dict[str, dict[str, float]]:
-    model = build(name, num_tasks)
-    runs, temp = {}, {}
-    for path in PATHS:
+def measure(
+    model: Model, num_tasks: int, rounds: int, steps: int, paths: tuple[str, ...] = PATHS
+) -> dict[str, dict[str, float]]:
+    """Time and temporary memory of a step per path; a path that skips updates runs whole cycles."""
+    runs, temp, calls = {}, {}, {}
+    for path in paths:
         step, carry = make_step(path, model, num_tasks)
         compiled = _measure.compile_step(step, carry, model.batch)
+        cycle = BALANCED.get(path, {}).get("every", 1)
+        calls[path] = cycle * math.ceil(steps / cycle)
         temp[path] = _measure.temp_bytes(compiled)
-        runs[path] = _measure.runner(compiled, carry, model.batch, STEPS)
-    seconds = _measure.interleaved(runs, rounds)
+        runs[path] = _measure.runner(compiled, carry, model.batch, calls[path])
+    seconds = {
+        path: [value / calls[path] for value in values]
+        for path, values in _measure.interleaved(runs, rounds, warmup=2).items()
+    }
     ratios = _measure.ratios(seconds, "plain")
     return {
         path: {
-            "milliseconds": 1e3 * sorted(seconds[path])[rounds // 2] / STEPS,
+            "milliseconds": 1e3 * float(np.median(seconds[path])),
             "time": ratios[path],
             "flop": flop_ratio(path, num_tasks),
             "temp_bytes": temp[path],
             "memory": temp[path] / temp["plain"],
         }
-        for path in PATHS
+        for path in paths
     }
 
 
@@ -71,7 +80,7 @@ def table(title: str, result: dict[str, dict[str, float]]) -> None:
 
 
 def main(
-    model: tuple[str, ...] = tuple(MODELS),
+    model: tuple[str, ...] = ("mlp", "turbofan", "lstm", "transformer"),
     num_tasks: tuple[int, ...] = (2, 8),
     rounds: int = 21,
     out: Path = RESULT,
@@ -79,7 +88,7 @@ def main(
     """Measures and writes.
 
     Args:
-      model: mlp, turbofan, lstm, transformer.
+      model: names from benchmarks._models.
       num_tasks: numbers of tasks K.
       rounds: interleaved rounds of 10 steps.
       out: the JSON to write.
@@ -88,8 +97,9 @@ def main(
     for name in model:
         results[name] = {}
         for k in num_tasks:
-            results[name][str(k)] = measure(name, k, rounds)
-            parameters = sum(leaf.size for leaf in jax.tree.leaves(build(name, k).params))
+            built = build(name, k)
+            results[name][str(k)] = measure(built, k, rounds, STEPS)
+            parameters = sum(leaf.size for leaf in jax.tree.leaves(built.params))
             table(f"{name}, {parameters / 1e6:.2f} M parameters, K = {k}", results[name][str(k)])
     _measure.write(out, {"rounds": rounds, "steps": STEPS, "results": results})
 

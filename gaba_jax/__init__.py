@@ -20,6 +20,8 @@ Put :func:`gaba` first in the chain and feed it one gradient per task:
 >>> print(optax.tree.get(opt_state, "task_weights").round(2))  # the loud task is held down
 [0.05 0.95]
 
+:func:`balanced_value_and_grad` does the same in the memory of one gradient.
+
 Where things are: the rules in :mod:`gaba_jax.weighting`; what to log in
 :func:`balance_metrics`; the turbofan application, an extra, in ``gaba_jax.turbofan``.
 """
@@ -31,7 +33,7 @@ from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._advance import BalanceState
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._selection import exclude, only
-from gaba_jax._transform import balance, gaba
+from gaba_jax._transform import balance, gaba, gradnorm
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
 from gaba_jax.monitor import balance_metrics
 from gaba_jax.weighting import TaskStats, Weighting
@@ -49,6 +51,7 @@ __all__ = [
     "balanced_value_and_grad",
     "exclude",
     "gaba",
+    "gradnorm",
     "monitor",
     "only",
     "task_names",

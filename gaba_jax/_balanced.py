@@ -94,7 +94,8 @@ def balanced_value_and_grad(
         arrays in ``args`` have the batch as leading axis (it is split with a stride, which leaves
         a batch that is sharded over devices where it is); scalars go to every part, typed random
         keys folded with its number. ``aux`` has the parts as its leading axis. Each part runs
-        forward again for every backward pass. Default None, the batch as a whole.
+        forward again for every backward pass, and is reduced by itself across devices. Default
+        None, the batch as a whole.
       norms: "direct" (default), or "ghost": the norm of a matrix gradient from its two factors,
         activations and cotangents, where that is cheaper, for ``measure="exact"``. Relative error
         about 1e-7 times the square of how much the examples' gradients cancel each other.
@@ -457,15 +458,18 @@ def _check_arguments(
     if measure not in ("exact", "lagged"):
         raise ValueError(f'{measure=} must be "exact" or "lagged".')
     for name, value in (("every", every), ("microbatch_size", microbatch_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        wrong_type = isinstance(value, bool) or not isinstance(value, int)
+        if value is not None and (wrong_type or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
     if norms not in ("direct", "ghost"):
         raise ValueError(f'{norms=} must be "direct" or "ghost".')
+    if encoder is not None and not callable(encoder):
+        raise ValueError(f"{encoder=} must be a function (params, *args) -> features.")
     alone = encoder is None and "cosines" not in weighting.needs
-    if norms == "ghost" and not (measure == "exact" and alone):
+    if norms == "ghost" and not (measure == "exact" and alone and microbatch_size is None):
         raise ValueError(
-            'norms="ghost" needs measure="exact", no encoder and a weighting that reads norms: '
-            "elsewhere the gradients are there to be measured."
+            'norms="ghost" needs measure="exact", no encoder, no microbatch_size and a weighting '
+            "without cosines: elsewhere the gradients are there to be measured."
         )
     if nonfinite == "drop" and (measure == "exact" or encoder is not None or every > 1):
         raise ValueError(

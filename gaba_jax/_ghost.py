@@ -131,6 +131,10 @@ def _outer(factor: Array, rows: tuple[int, ...]) -> Array:
         factor, (*rows, *(axis for axis in range(factor.ndim) if axis not in rows))
     )
     columns = tuple(range(len(rows), factor.ndim))
+    other = factor
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.explicit_axes:  # rows sharded over an axis cannot meet themselves
+        other = jax.sharding.reshard(factor, jax.sharding.PartitionSpec())
     return lax.dot_general(
-        factor, factor, ((columns, columns), ((), ())), precision=lax.Precision.HIGHEST
+        factor, other, ((columns, columns), ((), ())), precision=lax.Precision.HIGHEST
     )

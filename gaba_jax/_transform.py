@@ -1,6 +1,7 @@
 """Weightings as optax transforms that turn stacked gradients into one balanced update."""
 
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,7 @@ from gaba_jax._advance import (
 from gaba_jax._contract import check_stacked
 from gaba_jax._selection import Selection, Selector, select
 from gaba_jax.weighting._base import Number, Weighting, check_weighting
+from gaba_jax.weighting._gradnorm import Variant
 from gaba_jax.weighting._stabilize import Floor
 
 Nonfinite = Literal["propagate", "drop"]
@@ -214,6 +216,93 @@ def gaba(
             floor=floor,
             debias=debias,
             task_priorities=task_priorities,
+        ),
+        shared=shared,
+        measure_on=measure_on,
+        weight_task_specific=weight_task_specific,
+        nonfinite=nonfinite,
+    )
+
+
+def gradnorm(
+    num_tasks: int = 2,
+    *,
+    alpha: Number = 1.5,
+    weight_optimizer: optax.GradientTransformation | None = None,
+    variant: Variant = "canonical",
+    coefficient: Number | None = None,
+    min_weight: Number | None | EllipsisType = ...,
+    total: Number | None = None,
+    initial_losses: ArrayLike | None = None,
+    shared: Selector | None = None,
+    measure_on: Selector | None = None,
+    weight_task_specific: bool = True,
+    nonfinite: Nonfinite = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""GradNorm (Chen et al., ICML 2018): weights learned from gradient norms and training rates.
+
+    .. math:: \min_w \sum_i \left| G_i - \bar G\, r_i^\alpha \right|, \qquad
+        G_i = |w_i|\, g_i, \quad
+        r_i = \frac{L_i / L_i(0)}{\frac{1}{K} \sum_j L_j / L_j(0)}
+
+    with :math:`g_i` the L2 norm of task i's gradient on the measured parameters and the target
+    held constant. Every update applies the weights and takes one optimizer step on them, by the
+    closed form in :func:`gaba_jax.weighting.gradnorm`: no gradient is differentiated twice, and the
+    memory is that of :func:`gaba`.
+
+    When not to use it: :func:`gaba` needs no losses, no second optimizer and no learning of weights
+    that for alpha = 0 and K = 2 it has in closed form.
+
+    Args:
+      num_tasks: number of tasks K >= 2, default 2.
+      alpha: strength of the pull towards equal training rates, >= 0, default 1.5.
+      weight_optimizer: any optax optimizer, default ``optax.adam(0.025)``; published
+        ``optax.sgd(0.05)``.
+      variant: "canonical" (default) or "published", the baseline that GABA was published against.
+      coefficient: factor of the objective, default 1; published 0.1.
+      min_weight: least learned weight, or None for no guard; default 1e-3, published None.
+      total: the sum of the weights, default K; published not rescaled.
+      initial_losses: [K] positive, L(0), default each task's first positive loss.
+      shared: the shared parameters, default found from the gradients; see :func:`balance`.
+      measure_on: where norms are taken, default all shared parameters; ``only("...")`` with the
+        last shared layer is the original choice. See :func:`balance`.
+      weight_task_specific: see :func:`balance`.
+      nonfinite: "propagate" (default) or "drop"; see :func:`balance`.
+
+    Returns:
+      A transform that turns leaves [K, \*param.shape] into leaves [\*param.shape] and needs
+      ``task_losses=`` at update; see :func:`balance`. First in the chain. (In a Flax Linen train
+      state: ``gaba_jax.linen.TrainState``.)
+
+    Raises:
+      ValueError: as :func:`gaba_jax.weighting.gradnorm`, or any of the errors of :func:`balance`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from gaba_jax import gradnorm, task_value_and_grad
+      >>> def losses_fn(params, x):
+      ...     h = jnp.tanh(x @ params["backbone"])
+      ...     return 50.0 * jnp.mean((h @ params["a"] - 1) ** 2), jnp.mean((h @ params["b"]) ** 2)
+      >>> params = {"backbone": jnp.ones((3, 2)), "a": jnp.ones(2), "b": jnp.ones(2)}
+      >>> tx = optax.chain(gradnorm(), optax.adamw(1e-3))
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(2):
+      ...     losses, grads = task_value_and_grad(losses_fn)(params, jnp.ones((4, 3)))
+      ...     updates, opt_state = tx.update(grads, opt_state, params, task_losses=losses)
+      ...     params = optax.apply_updates(params, updates)
+      >>> optax.tree.get(opt_state, "task_weights").round(3)  # after one step of the weights
+      Array([0.975, 1.025], dtype=float32)
+    """
+    return balance(
+        weightings.gradnorm(
+            num_tasks,
+            alpha=alpha,
+            weight_optimizer=weight_optimizer,
+            variant=variant,
+            coefficient=coefficient,
+            min_weight=min_weight,
+            total=total,
+            initial_losses=initial_losses,
         ),
         shared=shared,
         measure_on=measure_on,

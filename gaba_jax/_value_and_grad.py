@@ -104,7 +104,7 @@ def linearize_losses(
     def transpose(pick: Callable[[Any], Array], cotangent: Array) -> Any:
         # Transposing what one loss depends on leaves the others out of the backward pass.
         transposed = jax.linear_transpose(lambda tangent: pick(pushforward(tangent)), inputs)
-        return transposed(cotangent)[0]
+        return transposed(cotangent.astype(stacked.dtype))[0]
 
     def pull_back_one(index: int) -> Any:
         one = jnp.ones_like(stacked[0])

@@ -1,4 +1,4 @@
-"""What every rule must hold in `balance`, whatever it computes: one table, the same tests for all.
+"""What every rule must hold in both drivers: one table, the same tests for all.
 
 A rule is known by its first parameter, so a new one in `weighting.__all__` is tested with the rest.
 """
@@ -17,7 +17,13 @@ import pytest
 from absl.testing import parameterized
 from jax import export
 
-from gaba_jax import balance, exclude, weighting
+from gaba_jax import (
+    balance,
+    balanced_value_and_grad,
+    exclude,
+    task_value_and_grad,
+    weighting,
+)
 
 K = 3
 STEPS = 4  # of which a warm-up takes one or two
@@ -133,6 +139,44 @@ def test_a_nan_does_not_make_a_head_shared():
     _, state = update(poisoned, tx.init(PARAMS))
     _, state = update(grads, state)
     np.testing.assert_array_equal(state.task_norms, expected.task_norms)
+
+
+TRUNK = {"trunk": jnp.ones((4, 3)), **{f"head_{i}": jnp.arange(3.0) - i for i in range(K)}}
+
+
+def make_losses(params, x):
+    h = jnp.tanh(x @ params["trunk"])
+    return tuple(10.0 ** (2 - i) * jnp.mean((h @ params[f"head_{i}"] - 1) ** 2) for i in range(K))
+
+
+@pytest.mark.parametrize("measure", ["exact", "lagged"])
+@every_rule
+def test_balanced_gradients_are_those_of_balance(name, measure):
+    """The other driver: the same states; under "lagged" the weights come one update later."""
+    rule, xs = RULES[name](), jax.random.normal(jax.random.key(0), (STEPS, 5, 4))
+    tx = balance(rule)
+    balanced = balanced_value_and_grad(make_losses, rule, measure=measure)
+
+    def stacked_step(state, x):
+        losses, grads = task_value_and_grad(make_losses)(TRUNK, x)
+        updates, state = tx.update(grads, state, TRUNK, task_losses=losses)
+        return state, (updates, state)
+
+    def step(state, x):
+        (_, grads), state = balanced.value_and_grad(TRUNK, state, x)
+        return state, (grads, state)
+
+    _, (expected_grads, expected) = jax.lax.scan(stacked_step, tx.init(TRUNK), xs)
+    _, (grads, states) = jax.lax.scan(step, balanced.init(TRUNK), xs)
+    applied = expected.task_weights
+    if measure == "lagged":
+        applied = np.concatenate([[rule.initial_weights], expected.next_task_weights[:-1]])
+    else:
+        largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected_grads))
+        chex.assert_trees_all_close(grads, expected_grads, rtol=1e-5, atol=1e-6 * largest)
+    chex.assert_trees_all_close(
+        states, expected._replace(task_weights=applied), rtol=1e-5, atol=1e-6
+    )
 
 
 class Variants(chex.TestCase):

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import functools
 import json
 import pathlib
 import re
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 
 import gaba_jax
-from benchmarks import turbofan
+from benchmarks import performance, turbofan
 from gaba_jax import gaba, weighting
 from gaba_jax.weighting import TaskStats
 
@@ -33,7 +34,7 @@ def settled(rule, norms, steps=3000):
 
 
 def test_quickstart_runs():
-    (quickstart,) = [code for language, code in BLOCKS if language == "python"]
+    quickstart, balanced = (code for language, code in BLOCKS if language == "python")
     names = {
         "params": {"backbone": jnp.ones((3, 2)), "a": jnp.ones(2), "b": jnp.ones(2)},
         "batch": (jnp.ones((4, 3)),),
@@ -46,6 +47,13 @@ def test_quickstart_runs():
     exec(quickstart, names)
     np.testing.assert_array_equal(optax.tree.get(names["opt_state"], "task_weights"), [0.5, 0.5])
     assert all((names["params"][key] != before[key]).any() for key in before)
+    expected, names["params"], names["tx"] = names["updates"], before, optax.adamw(1e-3)
+    names |= {"balanced_value_and_grad": gaba_jax.balanced_value_and_grad, "weighting": weighting}
+    exec(balanced, names)
+    np.testing.assert_array_equal(names["state"].task_weights, [0.5, 0.5])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5), names["updates"], expected
+    )
 
 
 def test_ci_runs_the_commands():
@@ -91,6 +99,10 @@ def test_every_name_in_the_table_exists():
 def test_results_are_those_of_the_script():
     result = json.loads(turbofan.RESULT.read_text())
     assert turbofan.table(result) in README
+
+
+def test_performance_is_that_of_the_script():
+    assert performance.START + performance.section() + performance.END in README
 
 
 def test_limits():

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from numpy.typing import NDArray
 
-from gaba_jax import balance, balance_metrics, only, task_value_and_grad, weighting
+from gaba_jax import BalanceState, balance_metrics, balanced_value_and_grad, only, weighting
 from gaba_jax.turbofan import metrics, simulator
 from gaba_jax.turbofan.data import Split, TurbofanData, load, prepare
 from gaba_jax.turbofan.losses import cross_entropy, mean_squared_error
@@ -22,6 +22,7 @@ from gaba_jax.turbofan.model import CompactModel
 
 TASKS = ("rul", "health")
 Params = Any  # an nnx.State of nnx.Param
+Carry = tuple[Params, BalanceState, Any]  # with the optimizer's state
 Subset = Literal["FD001", "FD002", "FD003", "FD004"]
 Rule = Literal["gaba", "inverse_norm", "inverse_share", "uniform"]
 
@@ -66,7 +67,11 @@ class TrainConfig:
     weight_task_specific: bool = True
     """weight the gradients of the heads too (off needs --shared)"""
     nonfinite: Literal["propagate", "drop"] = "propagate"
-    """what becomes of a NaN or Inf in one task's gradient"""
+    """what becomes of a NaN or Inf in one task's gradient ("drop" needs --measure lagged)"""
+    measure: Literal["exact", "lagged"] = "exact"
+    """apply the weights of this update, or of the one before, one backward pass cheaper"""
+    every: int = 1
+    """updates from one measurement to the next"""
     epochs: int = 15
     """passes over the training windows"""
     batch_size: int = 128
@@ -169,38 +174,40 @@ def train(
     steps = num_windows // config.batch_size
     model = CompactModel(window, features, rngs=nnx.Rngs(config.seed))
     graph, params = nnx.split(model, nnx.Param)
-    tx = optax.chain(
-        balance(
-            make_weighting(config),
-            shared=only(*config.shared) if config.shared else None,
-            measure_on=only(*config.measure_on) if config.measure_on else None,
-            weight_task_specific=config.weight_task_specific,
-            nonfinite=config.nonfinite,
-        ),
-        optax.adamw(
-            optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps),
-            b2=config.adam_b2,
-            weight_decay=config.weight_decay,
-        ),
-    )
 
     def losses_fn(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         rul, logits = nnx.merge(graph, params)(batch.windows)
         return mean_squared_error(rul, batch.rul), cross_entropy(logits, batch.health)
 
+    balanced = balanced_value_and_grad(
+        losses_fn,
+        make_weighting(config),
+        measure=config.measure,
+        every=config.every,
+        shared=only(*config.shared) if config.shared else None,
+        measure_on=only(*config.measure_on) if config.measure_on else None,
+        weight_task_specific=config.weight_task_specific,
+        nonfinite=config.nonfinite,
+    )
+    tx = optax.adamw(
+        optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps),
+        b2=config.adam_b2,
+        weight_decay=config.weight_decay,
+    )
+
     @jax.jit
-    def train_epoch(params: Params, opt_state: Any, key: jax.Array, split: Split) -> Any:
+    def train_epoch(carry: Carry, key: jax.Array, split: Split) -> tuple[Carry, Any]:
         order = jax.random.permutation(key, num_windows)[: steps * config.batch_size]
 
-        def step(carry: tuple[Params, Any], rows: jax.Array) -> tuple[Any, Any]:
-            params, opt_state = carry
+        def step(carry: Carry, rows: jax.Array) -> tuple[Carry, Any]:
+            params, state, opt_state = carry
             batch = jax.tree.map(lambda column: column[rows], split)
-            losses, grads = task_value_and_grad(losses_fn)(params, batch)
+            (losses, grads), state = balanced.value_and_grad(params, state, batch)
             updates, opt_state = tx.update(grads, opt_state, params)
-            record = losses, *(optax.tree.get(opt_state, f"task_{k}") for k in ("norms", "weights"))
-            return (optax.apply_updates(params, updates), opt_state), record
+            params = optax.apply_updates(params, updates)
+            return (params, state, opt_state), (losses, state.task_norms, state.task_weights)
 
-        return jax.lax.scan(step, (params, opt_state), order.reshape(steps, config.batch_size))
+        return jax.lax.scan(step, carry, order.reshape(steps, config.batch_size))
 
     @jax.jit
     def predict(params: Params, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -211,18 +218,19 @@ def train(
         rul, health = jax.tree.map(np.asarray, predict(params, split.windows))
         return rul, health, metrics.evaluate(rul, split.rul, health, split.health)
 
-    opt_state = tx.init(params)
+    carry: Carry = params, balanced.init(params), tx.init(params)
     on_device = jax.device_put(data.train)
     key = jax.random.key(config.seed)
     records: list[EpochRecord] = []
     for epoch in range(1, config.epochs + 1):
         epoch_key = jax.random.fold_in(key, epoch)
-        (params, opt_state), record = train_epoch(params, opt_state, epoch_key, on_device)
+        carry, record = train_epoch(carry, epoch_key, on_device)
+        params, state, _ = carry
         losses, norms, weights = jax.tree.map(np.asarray, record)
         _, _, validation = evaluate(params, data.validation)
         scalars = {f"loss/{task}": float(losses[:, i].mean()) for i, task in enumerate(TASKS)}
         scalars |= {f"validation/{name}": value for name, value in validation.items()}
-        scalars |= {k: float(v) for k, v in balance_metrics(opt_state, TASKS).items()}
+        scalars |= {k: float(v) for k, v in balance_metrics(state, TASKS).items()}
         records.append(EpochRecord(epoch, scalars, losses, norms, weights))
         on_epoch(records[-1])
         if not np.isfinite(losses[-1]).all():
@@ -241,7 +249,7 @@ def train(
 
 
 def _check(config: TrainConfig, num_windows: int) -> None:
-    for name in ("epochs", "batch_size", "stride"):
+    for name in ("epochs", "batch_size", "stride", "every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
     if config.batch_size > num_windows:

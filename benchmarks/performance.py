@@ -1,0 +1,100 @@
+"""The README's section on performance, from the JSON of overhead, peers and encoder.
+
+``python -m benchmarks.performance`` writes it between the markers in README.md.
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+START, END = "<!-- made by benchmarks.performance -->\n", "<!-- end -->\n"
+MODELS = {"mlp": "MLP", "turbofan": "turbofan", "lstm": "LSTM", "transformer": "transformer"}
+
+
+def read(name: str) -> dict:
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def overhead() -> str:
+    document = read("overhead")
+    results = document["results"]
+    head = [f"{title}, K = 2" for title in MODELS.values()] + ["MLP, K = 8", "memory, MLP, K = 8"]
+    lines = [row("", *head), "|---|" + "---|" * len(head)]
+    for path, large in results["mlp"]["8"].items():
+        times = [results[name]["2"][path]["time"] for name in MODELS] + [large["time"]]
+        lines.append(row(path, *(f"{time:.2f}" for time in times), f"{large['memory']:.2f}"))
+    versions = document["versions"]
+    where = f"{document['machine']}; jax {versions['jax']}, float32, batch 64"
+    return (
+        "Time of a train step with AdamW over that of the same step with fixed weights, medians of "
+        f"{document['rounds']}\ninterleaved rounds, and XLA's temporary memory likewise "
+        f"({where};\n`python -m benchmarks.overhead`):\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def peers() -> str:
+    document = read("peers")
+    versions = document["versions"]
+    paths = next(iter(document["results"].values())).keys()
+    lines = [row("", *(MODELS[name] for name in document["results"]))]
+    lines.append("|---|" + "---|" * len(document["results"]))
+    for path in paths:
+        cells = [
+            f"{result[path]['milliseconds']:.1f} ms, {result[path]['times_exact']:.2f}x"
+            for result in document["results"].values()
+        ]
+        lines.append(row(path, *cells))
+    return (
+        "The same model, batch and optimizer in PyTorch on the same cores, two tasks, and how many "
+        "times\nthe time of exact each takes "
+        f"(PyTorch {versions['torch'].split('+')[0]} eager, TorchJD {versions['torchjd']};\n"
+        "`python -m benchmarks.peers`):\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def which() -> str:
+    proxy = read("encoder")["results"]["contribution ratio with the encoder's weights"]
+    lines = [
+        row("path", "take it when"),
+        "|---|---|",
+        row(
+            "`gaba()` on `task_value_and_grad`",
+            "it should be one transform in any optax chain; K gradients in memory, reduced across "
+            "devices once, with K times the bytes",
+        ),
+        row(
+            "`balanced_value_and_grad`",
+            "memory or K is what limits you: one gradient in memory, the same weights; K + 1 "
+            'reductions; `norms="ghost"` for wide layers',
+        ),
+        row(
+            '`measure="lagged"`',
+            "weights one update old will do, or a NaN task must be dropped: one backward pass less",
+        ),
+        row(
+            "`encoder=`, or `every=10`",
+            "it must cost what a plain step costs: measured on the features (contributions within "
+            f"{proxy['median']:.1f}x on FD001, {proxy['95 %']:.0f}x at worst in 95 % of updates), "
+            "or exactly, but not every time",
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def section() -> str:
+    return "\n".join([overhead(), peers(), which()])
+
+
+def main() -> None:
+    before, _, rest = README.read_text().partition(START)
+    after = rest.partition(END)[2]
+    README.write_text(before + START + section() + END + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A Flax Linen train state that hands losses and masks to the optimizer. Imports flax."""
+
+from typing import Any
+
+import optax
+from flax.training import train_state
+from jax.typing import ArrayLike
+
+
+class TrainState(train_state.TrainState):
+    """Flax's train state, whose ``apply_gradients`` passes ``task_losses`` and ``task_mask`` on.
+
+    Flax's own has no way to pass them to ``tx.update``, so that a weighting which needs losses
+    raises there. Everything else is as in ``flax.training.train_state.TrainState``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from gaba_jax import gradnorm, task_value_and_grad
+      >>> from gaba_jax.linen import TrainState
+      >>> def losses_fn(params):
+      ...     return jnp.sum(params["w"] ** 2), jnp.sum((params["w"] - 1) ** 2)
+      >>> state = TrainState.create(
+      ...     apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.chain(gradnorm(), optax.sgd(0.1)))
+      >>> losses, grads = task_value_and_grad(losses_fn)(state.params)
+      >>> state = state.apply_gradients(grads=grads, task_losses=losses)
+      >>> int(state.step)
+      1
+    """
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        task_losses: ArrayLike | None = None,
+        task_mask: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> "TrainState":
+        r"""One step of the optimizer.
+
+        Args:
+          grads: what ``tx`` takes: leaves [K, \*param.shape] where balancing comes first.
+          task_losses: [K], for weightings that need them.
+          task_mask: [K] bool, the tasks of this batch, default all.
+          **kwargs: fields to replace in the result.
+
+        Returns:
+          The state after the step.
+
+        Raises:
+          ValueError: the weighting needs ``task_losses`` and got none, when the step is traced.
+        """
+        given = {"task_losses": task_losses, "task_mask": task_mask}
+        given = {name: value for name, value in given.items() if value is not None}
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            return tx.update(updates, state, params, **given)
+
+        with_given = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        stepped = super(TrainState, with_given).apply_gradients(grads=grads, **kwargs)
+        return stepped.replace(tx=self.tx)

@@ -1,0 +1,99 @@
+"""Uncertainty weighting: learned log-variances of the losses."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from gaba_jax._stats import TaskStats
+from gaba_jax.weighting._base import Weighting, check_num_tasks
+
+_LARGEST = 1e18  # larger gradients are taken as this one: its square is finite, in Adam too
+_LARGEST_LOG_VARIANCE = 40.0  # weights from 4e-18 to 2e17
+
+
+class UncertaintyState(NamedTuple):
+    """State of :func:`uncertainty`. Names and order are an on-disk promise.
+
+    Attributes:
+      log_variances: [K] float32.
+      optimizer_state: the state of ``weight_optimizer``.
+    """
+
+    log_variances: Float[Array, " tasks"]
+    optimizer_state: Any
+
+
+def uncertainty(
+    num_tasks: int, *, weight_optimizer: optax.GradientTransformation | None = None
+) -> Weighting:
+    r"""Weights learned as the precisions of the tasks (Kendall et al., CVPR 2018).
+
+    Parameters and log-variances s together minimise
+
+    .. math:: \sum_i \left(e^{-s_i} L_i + s_i\right), \qquad s_i = \log \sigma_i^2
+
+    so the weights are :math:`\lambda_i = e^{-s_i}` and the gradient of the log-variances is
+    :math:`1 - e^{-s_i} L_i`. This is the paper's :math:`\frac{1}{2 \sigma_i^2} L_i + \log \sigma_i`
+    without the common factor 1/2, for all tasks alike: what the paper has for a regression. (For a
+    classification it has twice the weight.)
+
+    For a steady loss the weight goes to :math:`1 / L_i`: scales are evened out, whatever the
+    gradients do. An update applies the weights from before its own step, 1 each at first.
+
+    When not to use it: the log-variance of a loss of 1000 is 7, which takes the default optimizer
+    280 updates, and a loss that goes to 0 takes an ever larger weight (log-variances are kept
+    within ±40). Losses must be positive. Unequal gradients of equal losses are left unequal: see
+    :func:`inverse_share`.
+
+    Args:
+      num_tasks: number of tasks K >= 2.
+      weight_optimizer: any optax optimizer for s, default ``optax.adam(0.025)``.
+
+    Returns:
+      A :class:`Weighting` with an :class:`UncertaintyState`; it needs ``task_losses`` at update and
+      measures no gradients. The weights are positive; their sum is K at first, then free. An absent
+      task keeps its own.
+
+    Raises:
+      ValueError: ``num_tasks`` < 2, or a ``weight_optimizer`` that is none.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from gaba_jax import weighting
+      >>> rule = weighting.uncertainty(2, weight_optimizer=optax.sgd(0.1))
+      >>> stats = weighting.TaskStats(
+      ...     norms=jnp.zeros(2), cosines=None, losses=jnp.array([4.0, 0.5]),
+      ...     present=jnp.ones(2, bool), elapsed=jnp.int32(1))
+      >>> _, state = rule.update(stats, rule.init())
+      >>> state.log_variances
+      Array([ 0.3 , -0.05], dtype=float32)
+    """
+    check_num_tasks(num_tasks, least=2)
+    optimizer = optax.adam(0.025) if weight_optimizer is None else weight_optimizer
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(f"{weight_optimizer=} must be an optax optimizer: optax.adam(0.025).")
+
+    def init() -> UncertaintyState:
+        # Buffers of their own, so that the state can be donated.
+        zeros = jnp.zeros([num_tasks], jnp.float32)
+        return UncertaintyState(zeros, optimizer.init(jnp.array(zeros)))
+
+    def update(stats: TaskStats, state: UncertaintyState) -> tuple[Array, UncertaintyState]:
+        log_variances = state.log_variances
+        losses = jnp.ones_like(log_variances) if stats.losses is None else stats.losses
+        weights = jnp.exp(-log_variances)
+        gradient = jnp.clip(1 - weights * losses.astype(jnp.float32), -_LARGEST, _LARGEST)
+        gradient = jnp.where(stats.present, gradient, 0)
+        step, optimizer_state = optimizer.update(gradient, state.optimizer_state, log_variances)
+        learned = jnp.clip(
+            jnp.asarray(optax.apply_updates(log_variances, step)),
+            -_LARGEST_LOG_VARIANCE,
+            _LARGEST_LOG_VARIANCE,
+        )
+        kept = jnp.where(stats.present, learned, log_variances)
+        return weights, UncertaintyState(kept, optimizer_state)
+
+    return Weighting(num_tasks, frozenset({"losses"}), init, update, np.ones(num_tasks, np.float32))

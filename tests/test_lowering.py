@@ -1,0 +1,168 @@
+"""The steps lower for TPU and CUDA and for many devices, where they reduce what they should."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
+
+ROOT = pathlib.Path(__file__).parent.parent
+K, BATCH, PART, WIDE = 2, 512, 256, 1536  # wide enough beside the batch for norms="ghost"
+RULES = {"gaba": weighting.gaba, "inverse_norm": weighting.inverse_norm}
+
+
+def encoder(params, x, y):
+    return jnp.tanh(jnp.tanh(x @ params["kernel_0"]) @ params["kernel_1"])
+
+
+def heads(params, h, x, y):
+    return tuple(10.0**i * jnp.mean((h @ params[f"head_{i}"] - y) ** 2) for i in range(K))
+
+
+def losses_fn(params, x, y):
+    return heads(params, encoder(params, x, y), x, y)
+
+
+OPTIONS = {
+    "exact": {},
+    "ghost": {"norms": "ghost"},
+    "lagged": {"measure": "lagged"},
+    "encoder": {"encoder": encoder},
+    "every": {"every": 10},
+    "lagged, every": {"measure": "lagged", "every": 10},
+    "microbatches": {"microbatch_size": PART},
+    "lagged, microbatches": {"measure": "lagged", "microbatch_size": PART},
+    "encoder, microbatches": {"encoder": encoder, "microbatch_size": PART},
+    "lagged, drop": {"measure": "lagged", "nonfinite": "drop"},
+}
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def make_step(path, rule):
+    """The step and the shapes of its arguments: nothing is computed."""
+    adamw = optax.adamw(1e-3)
+    names = [f"head_{i}" for i in range(K)]
+    params = dict.fromkeys(("kernel_0", "kernel_1"), array(WIDE, WIDE))
+    params |= dict.fromkeys(names, array(WIDE))
+    if path == "stacked":
+        tx = balance(rule)
+
+        def gradient(params, state, x, y):
+            losses, grads = task_value_and_grad(losses_fn)(params, x, y)
+            grads, state = tx.update(grads, state, params)
+            return (losses, grads), state
+
+        init = tx.init
+    else:
+        whole = heads if "encoder" in OPTIONS[path] else losses_fn
+        init, gradient = balanced_value_and_grad(whole, rule, **OPTIONS[path])
+
+    def step(params, state, opt_state, x, y):
+        (losses, grads), state = gradient(params, state, x, y)
+        updates, opt_state = adamw.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), state, opt_state, losses
+
+    state = jax.eval_shape(init, params)
+    opt_state = jax.eval_shape(adamw.init, params)
+    return step, (params, state, opt_state), (array(BATCH, WIDE), array(BATCH))
+
+
+def lower(step, carry, batch):
+    exported = export.export(jax.jit(step), platforms=["tpu", "cuda"])(*carry, *batch)
+    assert exported.platforms == ("tpu", "cuda")
+    return exported
+
+
+def placed(tree, mesh, *spec):
+    sharding = NamedSharding(mesh, P(*spec))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("path", ["stacked", *OPTIONS])
+def test_exports_for_tpu_and_cuda_without_a_call_out_of_the_program(path, rule):
+    module = lower(*make_step(path, RULES[rule](K))).mlir_module()
+    assert "custom_call" not in module
+    assert "callback" not in module
+    # norms="ghost" is here for its products over the batch, not for what it falls back to.
+    assert (f"tensor<{BATCH}x{BATCH}xf32>" in module) == (path == "ghost")
+
+
+AXES = [AxisType.Auto, AxisType.Explicit]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=["auto", "explicit"])
+@pytest.mark.parametrize("path", ["stacked", *OPTIONS])
+def test_traces_for_256_devices(path, axes):
+    step, carry, batch = make_step(path, weighting.gaba(K))
+    mesh = AbstractMesh((256,), ("data",), axis_types=(axes,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = lower(step, placed(carry, mesh), placed(batch, mesh, "data"))
+    assert exported.nr_devices == 256
+    assert "custom_call" not in exported.mlir_module()
+
+
+LAYOUTS = {
+    "plain": ("data parallel",),
+    "stacked": ("data parallel", "fsdp"),
+    "exact": ("data parallel", "fsdp"),
+    "lagged": ("data parallel",),
+}
+COUNT = f"""
+import json, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from benchmarks import _models, lowering
+model = _models.build("mlp", {K}, batch_size=16, widths=(8, 16, 16))
+found = {{path: lowering.compiled(path, model, {K}, on) for path, on in {LAYOUTS}.items()}}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    """Collectives and deviations that benchmarks.lowering finds, in a process of 8 devices."""
+    # LLVM's optimisation comes after the partitioning and takes most of the time.
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT],
+        cwd=ROOT,
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devices):
+    found = {path: layouts["data parallel"] for path, layouts in on_eight_devices.items()}
+    trunk, head, losses = 4 * (8 * 16 + 16 * 16 + 2 * 16), 4 * 16, 4 * K  # bytes
+    gradient = trunk + K * head
+    reduced = {path: tuple(row["all-reduce"].values()) for path, row in found.items()}
+    assert reduced == {
+        "plain": (1, gradient + losses),
+        "stacked": (1, K * trunk + K * head + losses),  # a head has the gradient of one task
+        "exact": (K + 1, (K + 1) * gradient + losses),
+        "lagged": (K + 1, K * gradient + losses),  # the losses apart
+    }
+    assert all(row["bytes"] == row["all-reduce"]["bytes"] for row in found.values())
+    assert all(row["uncounted_loops"] <= 1 for row in found.values())
+
+
+@pytest.mark.parametrize("path", LAYOUTS)
+def test_eight_devices_take_the_steps_of_one(on_eight_devices, path):
+    for layout in LAYOUTS[path]:
+        assert on_eight_devices[path][layout]["deviation"] <= 1e-5
