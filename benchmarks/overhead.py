@@ -4,6 +4,7 @@ The same model, batch and optimizer on every path, interleaved, medians of ratio
 prints tables and writes benchmarks/overhead.json. ``--model mlp`` for one model.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def main(
     rounds: int = 21,
     out: Path = RESULT,
 ) -> None:
-    """Measures and writes.
+    """Measures and writes, beside what is there of other models and K.
 
     Args:
       model: names from benchmarks._models.
@@ -93,9 +94,9 @@ def main(
       rounds: interleaved rounds of 10 steps.
       out: the JSON to write.
     """
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(out.read_text())["results"] if out.exists() else {}
     for name in model:
-        results[name] = {}
+        results.setdefault(name, {})
         for k in num_tasks:
             built = build(name, k)
             results[name][str(k)] = measure(built, k, rounds, STEPS)

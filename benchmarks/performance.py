@@ -49,11 +49,17 @@ def peers() -> str:
             for result in document["results"].values()
         ]
         lines.append(row(path, *cells))
+    plain = [
+        f"{result['torch plain']['milliseconds'] / result['plain']['milliseconds']:.2f}x ours on the "
+        f"{MODELS[name]}"
+        for name, result in document["results"].items()
+    ]
     return (
         "The same model, batch and optimizer in PyTorch on the same cores, two tasks, and how many "
         "times\nthe time of exact each takes "
         f"(PyTorch {versions['torch'].split('+')[0]} eager, TorchJD {versions['torchjd']};\n"
-        "`python -m benchmarks.peers`):\n\n" + "\n".join(lines) + "\n"
+        f"`python -m benchmarks.peers`). A plain step takes PyTorch {' and '.join(plain)},\n"
+        "which is where a lead or a lag on any row begins:\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command ``gaba-jax``: simulate a fleet of engines, train on it or on C-MAPSS."""
+"""The command ``gaba-jax``: simulate engines, train on them or on C-MAPSS, compare weightings."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 try:
     import orbax.checkpoint as ocp
@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 import numpy as np
 
 from gaba_jax import plot
-from gaba_jax.turbofan import plots, simulator
+from gaba_jax.turbofan import compare, plots, report, simulator
 from gaba_jax.turbofan.data import TurbofanData
 from gaba_jax.turbofan.train import (
     TASKS,
@@ -72,9 +72,36 @@ class Train:
     """replace an earlier run in --out"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Train with several weightings on the same engines, parameters and batches, and report."""
+
+    out: Path
+    """folder for the runs, results.csv, report.md and pictures; finished runs there are kept"""
+    data: Path | None = None
+    """folder of C-MAPSS text, plain or .gz; None simulates a small fleet"""
+    subset: tuple[Subset, ...] = ("FD001",)
+    """which of the four subsets"""
+    methods: tuple[str, ...] = ("uniform", "gaba", "gaba:debias=true,warmup_steps=0")
+    """names of weightings, each with its options after a colon"""
+    loss: tuple[Literal["mse", "amnl"], ...] = ("mse",)
+    """of the RUL; gaba with amnl is called GRACE"""
+    seeds: int = 5
+    """runs per method, with parameters and batches of their own"""
+    epochs: int = 15
+    """passes over the training windows"""
+    stride: int = 1
+    """cycles between training windows"""
+    learning_rate: float = 2e-3
+    """peak of the cosine decay"""
+    adam_b2: float = 0.99
+    """decay of AdamW's second moment"""
+
+
 Command = Annotated[
     Annotated[Simulate, tyro.conf.subcommand("simulate")]
-    | Annotated[Train, tyro.conf.subcommand("train")],
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")],
     tyro.conf.OmitArgPrefixes,
 ]
 
@@ -91,8 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if isinstance(command, Simulate):
             _simulate(command, console)
-        else:
+        elif isinstance(command, Train):
             _train(command, console)
+        else:
+            _compare(command, console)
     except KeyboardInterrupt:
         print("gaba-jax: interrupted", file=sys.stderr)
         return 130
@@ -161,6 +190,46 @@ def _train(command: Train, console: Console) -> None:
     if out is not None:
         _write(run, data, out)
     _report(run, config, out, console)
+
+
+def _compare(command: Compare, console: Console) -> None:
+    if command.seeds < 1:
+        raise ValueError(f"seeds={command.seeds} must be at least 1.")
+    config = TrainConfig(
+        data=command.data,
+        epochs=command.epochs,
+        stride=command.stride,
+        learning_rate=command.learning_rate,
+        adam_b2=command.adam_b2,
+    )
+    cells = compare.cells(command.methods, command.subset, command.loss, config)
+    seeds = range(command.seeds)
+    total = sum(compare.missing_epochs(cells, seeds, command.out))
+    with Progress(
+        TextColumn("{task.fields[cell]}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:.0f} %, left:"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    ) as progress:
+        bar = progress.add_task("compare", total=total, cell="")
+
+        def on_epoch(cell: compare.Cell, epoch: int, count: int) -> None:
+            name = f"{cell.config.subset} {cell.label}, epoch {epoch}/{cell.config.epochs}"
+            progress.update(bar, advance=count, cell=name)
+
+        results = compare.run(cells, seeds, command.out, on_epoch)
+    report.write(results, command.out)
+    table = Table(title="Test engines, means over the seeds", title_justify="left")
+    table.add_column("")
+    for title in ("RMSE", "NASA score", "health accuracy", "diverged"):
+        table.add_column(title, justify="right")
+    for name, label, row in report.means(results):
+        scores = (f"{row[key]:.4g}" for key in ("rmse", "nasa_score", "health_accuracy"))
+        table.add_row(f"{name}, {label}", *scores, f"{row['diverged']:.0f}")
+    console.print(table)
+    diverged = sum(result["diverged"] for result in results)
+    console.print(f"{len(results)} runs, {diverged} diverged. Written to {command.out}")
 
 
 def _write(run: Run, data: TurbofanData, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,19 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from numpy.typing import NDArray
 
 from gaba_jax import BalanceState, balance_metrics, balanced_value_and_grad, only, weighting
 from gaba_jax.turbofan import metrics, simulator
 from gaba_jax.turbofan.data import Split, TurbofanData, load, prepare
-from gaba_jax.turbofan.losses import cross_entropy, mean_squared_error
+from gaba_jax.turbofan.losses import (
+    cross_entropy,
+    failure_biased_squared_error,
+    mean_squared_error,
+)
 from gaba_jax.turbofan.model import CompactModel
 
 TASKS = ("rul", "health")
 Params = Any  # an nnx.State of nnx.Param
 Carry = tuple[Params, BalanceState, Any]  # with the optimizer's state
 Subset = Literal["FD001", "FD002", "FD003", "FD004"]
-Rule = Literal["gaba", "inverse_norm", "inverse_share", "uniform"]
+Rule = Literal[
+    "dynamic_weight_average",
+    "gaba",
+    "gradnorm",
+    "inverse_norm",
+    "inverse_share",
+    "random",
+    "uncertainty",
+    "uniform",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +90,16 @@ class TrainConfig:
     """passes over the training windows"""
     batch_size: int = 128
     """windows in a batch"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9"""
     learning_rate: float = 2e-3
     """peak of the cosine decay"""
     weight_decay: float = 1e-4
     """of AdamW"""
     adam_b2: float = 0.99
     """decay of AdamW's second moment"""
+    loss: Literal["mse", "amnl"] = "mse"
+    """of the RUL: mean squared error, or that weighted up towards failure"""
     seed: int = 0
     """of the simulated fleet, the validation engines, the parameters and the batches"""
 
@@ -168,20 +186,64 @@ def train(
       >>> sorted(run.summary["test"])[:3]
       ['health_accuracy', 'late_prediction_rate', 'macro_f1']
     """
+
+    def checked(records: Sequence[EpochRecord]) -> None:
+        (record,) = records
+        on_epoch(record)
+        if not np.isfinite(record.losses[-1]).all():
+            raise FloatingPointError(
+                f"the losses are no longer finite in epoch {record.epoch}: {record.losses[-1]}. "
+                f"Lower the learning rate (it is {config.learning_rate})."
+            )
+
+    return train_seeds(data, config, make_weighting(config), (config.seed,), checked)[0]
+
+
+def train_seeds(
+    data: TurbofanData,
+    config: TrainConfig,
+    rule: weighting.Weighting,
+    seeds: Sequence[int],
+    on_epoch: Callable[[Sequence[EpochRecord]], None] = lambda records: None,
+) -> list[Run]:
+    """Trains once per seed, side by side in one compiled program.
+
+    On an accelerator the seeds are one batch (``jax.vmap``), on a CPU one after the other
+    (``lax.map``), which is as fast there and needs less memory.
+
+    Args:
+      data: the engines, from :func:`load_data`; the same for all seeds.
+      config: everything else; its ``weighting``, ``gaba`` and ``seed`` are not read.
+      rule: the weighting.
+      seeds: of the parameters and the batches; the same for every rule.
+      on_epoch: called after each epoch with the :class:`EpochRecord` of each seed.
+
+    Returns:
+      A :class:`Run` per seed. A run whose losses or predictions are no longer finite is marked
+      ``diverged`` in its summary and has no scores.
+
+    Raises:
+      ValueError: a value of ``config`` is out of range.
+    """
     _check(config, len(data.train.rul))
     started = time.perf_counter()
-    num_windows, window, features = data.train.windows.shape
+    num_windows, window, channels = data.train.windows.shape
     steps = num_windows // config.batch_size
-    model = CompactModel(window, features, rngs=nnx.Rngs(config.seed))
-    graph, params = nnx.split(model, nnx.Param)
+    models = [CompactModel(window, channels, rngs=nnx.Rngs(seed)) for seed in seeds]
+    graph, _ = nnx.split(models[0], nnx.Param)
+    params = jax.tree.map(
+        lambda *each: jnp.stack(each), *(nnx.state(model, nnx.Param) for model in models)
+    )
+    over_seeds = lax.map if jax.default_backend() == "cpu" else _vmap
+    rul_loss = mean_squared_error if config.loss == "mse" else failure_biased_squared_error
 
     def losses_fn(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         rul, logits = nnx.merge(graph, params)(batch.windows)
-        return mean_squared_error(rul, batch.rul), cross_entropy(logits, batch.health)
+        return rul_loss(rul, batch.rul), cross_entropy(logits, batch.health)
 
     balanced = balanced_value_and_grad(
         losses_fn,
-        make_weighting(config),
+        rule,
         measure=config.measure,
         every=config.every,
         shared=only(*config.shared) if config.shared else None,
@@ -189,16 +251,10 @@ def train(
         weight_task_specific=config.weight_task_specific,
         nonfinite=config.nonfinite,
     )
-    tx = optax.adamw(
-        optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps),
-        b2=config.adam_b2,
-        weight_decay=config.weight_decay,
-    )
+    tx = _optimizer(config, config.epochs * steps)
 
     @jax.jit
-    def train_epoch(carry: Carry, key: jax.Array, split: Split) -> tuple[Carry, Any]:
-        order = jax.random.permutation(key, num_windows)[: steps * config.batch_size]
-
+    def train_epoch(carries: Carry, keys: jax.Array, split: Split) -> tuple[Carry, Any]:
         def step(carry: Carry, rows: jax.Array) -> tuple[Carry, Any]:
             params, state, opt_state = carry
             batch = jax.tree.map(lambda column: column[rows], split)
@@ -207,45 +263,77 @@ def train(
             params = optax.apply_updates(params, updates)
             return (params, state, opt_state), (losses, state.task_norms, state.task_weights)
 
-        return jax.lax.scan(step, carry, order.reshape(steps, config.batch_size))
+        def epoch(seed: tuple[Carry, jax.Array]) -> tuple[Carry, Any]:
+            carry, key = seed
+            order = jax.random.permutation(key, num_windows)[: steps * config.batch_size]
+            return lax.scan(step, carry, order.reshape(steps, config.batch_size))
+
+        return over_seeds(epoch, (carries, keys))
 
     @jax.jit
     def predict(params: Params, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rul, logits = nnx.merge(graph, params)(windows)
-        return rul, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        def one(params: Params) -> tuple[jax.Array, jax.Array]:
+            rul, logits = nnx.merge(graph, params)(windows)
+            return rul, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def evaluate(params: Params, split: Split) -> tuple[Any, Any, dict[str, float]]:
-        rul, health = jax.tree.map(np.asarray, predict(params, split.windows))
-        return rul, health, metrics.evaluate(rul, split.rul, health, split.health)
+        return over_seeds(one, params)
 
-    carry: Carry = params, balanced.init(params), tx.init(params)
+    def evaluate(params: Params, split: Split) -> list[tuple[Any, Any, dict[str, float]]]:
+        ruls, healths = jax.tree.map(np.asarray, predict(params, split.windows))
+        return [
+            (rul, health, metrics.evaluate(rul, split.rul, health, split.health))
+            if np.isfinite(rul).all()
+            else (rul, health, {})
+            for rul, health in zip(ruls, healths, strict=True)
+        ]
+
+    start = lax.map(lambda p: (p, balanced.init(p), tx.init(p)), params)
+    carries: Carry = start
     on_device = jax.device_put(data.train)
-    key = jax.random.key(config.seed)
-    records: list[EpochRecord] = []
+    keys = [jax.random.key(seed) for seed in seeds]
+    records: list[list[EpochRecord]] = [[] for _ in seeds]
+    seconds: list[float] = []
     for epoch in range(1, config.epochs + 1):
-        epoch_key = jax.random.fold_in(key, epoch)
-        carry, record = train_epoch(carry, epoch_key, on_device)
-        params, state, _ = carry
-        losses, norms, weights = jax.tree.map(np.asarray, record)
-        _, _, validation = evaluate(params, data.validation)
-        scalars = {f"loss/{task}": float(losses[:, i].mean()) for i, task in enumerate(TASKS)}
-        scalars |= {f"validation/{name}": value for name, value in validation.items()}
-        scalars |= {k: float(v) for k, v in balance_metrics(state, TASKS).items()}
-        records.append(EpochRecord(epoch, scalars, losses, norms, weights))
-        on_epoch(records[-1])
-        if not np.isfinite(losses[-1]).all():
-            raise FloatingPointError(
-                f"the losses are no longer finite in epoch {epoch}: {losses[-1]}. Lower the "
-                f"learning rate (it is {config.learning_rate})."
-            )
-    rul, health, test = evaluate(params, data.test)
-    seconds = time.perf_counter() - started
-    summary = _summary(config, data, records)
-    summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-    summary["validation"] = evaluate(params, data.validation)[2]
-    summary["test"] = test
-    summary["timing"] = {"seconds": seconds}
-    return Run(params, records, rul, health, summary)
+        epoch_keys = jnp.stack([jax.random.fold_in(key, epoch) for key in keys])
+        before = time.perf_counter()
+        carries, record = jax.block_until_ready(train_epoch(carries, epoch_keys, on_device))
+        seconds.append(time.perf_counter() - before)
+        params, states, _ = carries
+        validation = evaluate(params, data.validation)
+        for i, (losses, norms, weights) in enumerate(zip(*map(np.asarray, record), strict=True)):
+            scalars = {f"loss/{task}": float(losses[:, j].mean()) for j, task in enumerate(TASKS)}
+            scalars |= {f"validation/{name}": value for name, value in validation[i][2].items()}
+            state = jax.tree.map(lambda leaf, i=i: leaf[i], states)
+            scalars |= {k: float(v) for k, v in balance_metrics(state, TASKS).items()}
+            records[i].append(EpochRecord(epoch, scalars, losses, norms, weights))
+        on_epoch([each[-1] for each in records])
+    validation, test = (evaluate(params, split) for split in (data.validation, data.test))
+    runs: list[Run] = []
+    for i, seed in enumerate(seeds):
+        summary = _summary(dataclasses.replace(config, seed=seed), data, records[i])
+        summary["parameters"] = sum(leaf[i].size for leaf in jax.tree.leaves(params))
+        summary["diverged"] = not (validation[i][2] and test[i][2])
+        summary["validation"], summary["test"] = validation[i][2], test[i][2]
+        summary["timing"] = {
+            "seconds": (time.perf_counter() - started) / len(seeds),
+            # The first epoch compiles.
+            "step_seconds": float(np.median(seconds[1:] or seconds)) / (steps * len(seeds)),
+        }
+        rul, health, _ = test[i]
+        of_seed = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        runs.append(Run(of_seed, records[i], rul, health, summary))
+    return runs
+
+
+def _vmap(function: Callable[[Any], Any], arguments: Any) -> Any:
+    return jax.vmap(function)(arguments)
+
+
+def _optimizer(config: TrainConfig, updates: int) -> optax.GradientTransformation:
+    learning_rate = optax.cosine_decay_schedule(config.learning_rate, updates)
+    if config.optimizer == "sgd":
+        return optax.sgd(learning_rate, momentum=0.9)
+    return optax.adamw(learning_rate, b2=config.adam_b2, weight_decay=config.weight_decay)
 
 
 def _check(config: TrainConfig, num_windows: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from gaba_jax._stats import TaskStats
 
 Number = float | Array  # a Python number, or a scalar array that may be traced
+LARGEST = 1e18  # what an optimizer is given is cut here: its square is finite, in Adam too
 
 
 class Weighting(NamedTuple):
@@ -149,3 +151,34 @@ def over_present(
     raw = raw if priorities is None else raw * priorities
     shares = share_out(raw, present, jnp.sum(present).astype(jnp.float32) / num_tasks)
     return jnp.where(present, shares, 1 / num_tasks)
+
+
+def task_losses(stats: TaskStats) -> Float[Array, " tasks"]:
+    """The losses as float32; ValueError where there are none."""
+    if stats.losses is None:
+        raise ValueError("this weighting needs stats.losses, got None.")
+    return stats.losses.astype(jnp.float32)
+
+
+def check_optimizer(weight_optimizer: Any) -> optax.GradientTransformation:
+    """Raises ValueError unless it is an optax optimizer."""
+    if not isinstance(weight_optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"weight_optimizer must be an optax optimizer, such as optax.adam(0.025); got "
+            f"{weight_optimizer!r}."
+        )
+    return weight_optimizer
+
+
+def descend(
+    optimizer: optax.GradientTransformation,
+    gradient: Float[Array, " tasks"],
+    optimizer_state: Any,
+    learned: Float[Array, " tasks"],
+    present: Bool[Array, " tasks"],
+) -> tuple[Float[Array, " tasks"], Any]:
+    """One step of the optimizer on what is learned per task; an absent task has gradient 0."""
+    gradient = jnp.where(present, jnp.clip(gradient, -LARGEST, LARGEST), 0)
+    with jax.numpy_dtype_promotion("standard"):  # optimizers count on it
+        step, optimizer_state = optimizer.update(gradient, optimizer_state, learned)
+        return jnp.asarray(optax.apply_updates(learned, step)), optimizer_state

@@ -10,17 +10,19 @@ from jaxtyping import Array, Bool, Float
 
 from gaba_jax._stats import TaskStats
 from gaba_jax.weighting._base import (
+    LARGEST,
     Number,
     Weighting,
     check_num_tasks,
+    check_optimizer,
+    descend,
     number,
     share_out,
+    task_losses,
     task_vector,
 )
 
 Variant = Literal["canonical", "published"]
-
-_LARGEST = 1e18  # larger numbers are taken as this one: its square is finite, in Adam too
 
 
 class GradNormState(NamedTuple):
@@ -44,7 +46,7 @@ def gradnorm(
     weight_optimizer: optax.GradientTransformation | None = None,
     variant: Variant = "canonical",
     coefficient: Number | None = None,
-    min_weight: Number | None | EllipsisType = ...,
+    min_weight: Number | EllipsisType | None = ...,
     total: Number | None = None,
     initial_losses: ArrayLike | None = None,
 ) -> Weighting:
@@ -80,7 +82,9 @@ def gradnorm(
     When not to use it: where norms differ by far more than one step of the optimizer can resolve,
     it only circles its balance point (:func:`gradnorm_balance_point`), and for rates that differ it
     has none unless :math:`\frac{1}{K} \sum_i r_i^\alpha = 1`. For K = 2 and alpha = 0 the balance
-    point is :func:`inverse_share`, which needs no learning. Losses must be positive.
+    point is :func:`inverse_share`, which needs no learning. Adam's first steps are equal in size,
+    so where all tasks are below their targets (as in the example above) rescaling cancels them.
+    Losses must be positive.
 
     An absent task keeps its weight and L(0), and the means are over the others. Losses below 0
     count as 0; a task's rate is 1 until it has an L(0). :func:`stabilize` around it bounds the
@@ -96,8 +100,8 @@ def gradnorm(
       coefficient: the factor c > 0, default 1, published 0.1.
       min_weight: least learned weight, >= 0, or None for no guard, as in both papers; default 1e-3,
         published None. Rescaling comes after it, and can end below it.
-      total: the sum of the weights, default K; published not rescaled. Weights whose sum is not
-        positive are made equal.
+      total: the sum of the weights, default K; published not rescaled. Weights whose sum is zero
+        are made equal.
       initial_losses: [K] positive, L(0); default each task's first positive loss.
 
     Returns:
@@ -110,25 +114,23 @@ def gradnorm(
         ``weight_optimizer`` that is none; ``initial_losses`` not a positive [K].
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np, optax
       >>> from gaba_jax import weighting
-      >>> rule = weighting.gradnorm(3, initial_losses=[1.0, 1.0, 1.0])
+      >>> rule = weighting.gradnorm(
+      ...     3, weight_optimizer=optax.sgd(0.01), initial_losses=[1.0, 1.0, 1.0])
       >>> stats = weighting.TaskStats(
       ...     norms=jnp.array([10.0, 1.0, 1.0]), cosines=None, losses=jnp.array([2.0, 0.5, 0.5]),
       ...     present=jnp.ones(3, bool), elapsed=jnp.int32(1))
       >>> weights, state = rule.update(stats, rule.init())
-      >>> weights, state.learned_weights.round(3)  # the slow first task rises
-      (Array([1., 1., 1.], dtype=float32), Array([1.033, 0.983, 0.983], dtype=float32))
+      >>> print(weights, np.asarray(state.learned_weights).round(3))  # the slow first task rises
+      [1. 1. 1.] [1.058 0.971 0.971]
     """
     check_num_tasks(num_tasks, least=2)
     if variant not in ("canonical", "published"):
         raise ValueError(f'{variant=} must be "canonical" or "published".')
     canonical = variant == "canonical"
-    optimizer = weight_optimizer
-    if optimizer is None:
-        optimizer = optax.adam(0.025) if canonical else optax.sgd(0.05)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise ValueError(f"{weight_optimizer=} must be an optax optimizer: optax.adam(0.025).")
+    default = optax.adam(0.025) if canonical else optax.sgd(0.05)
+    optimizer = check_optimizer(default if weight_optimizer is None else weight_optimizer)
     factor = (1.0 if canonical else 0.1) if coefficient is None else coefficient
     least = (1e-3 if canonical else None) if isinstance(min_weight, EllipsisType) else min_weight
     sum_ = float(num_tasks) if total is None and canonical else total
@@ -156,29 +158,32 @@ def gradnorm(
 
     def update(stats: TaskStats, state: GradNormState) -> tuple[Array, GradNormState]:
         weights, present = state.learned_weights, stats.present
-        losses = jnp.zeros_like(stats.norms) if stats.losses is None else stats.losses
-        losses = jnp.maximum(losses.astype(jnp.float32), 0)
+        losses = jnp.maximum(task_losses(stats), 0)
         first = present & (state.initial_losses == 0)
         initial = jnp.where(first, losses, state.initial_losses)
         rates = jnp.where(initial > 0, losses / jnp.where(initial > 0, initial, 1), 1)
-        rates = jnp.minimum(rates, _LARGEST)
+        rates = jnp.minimum(rates, LARGEST)
         if canonical:
             mean_rate = _mean(rates, present)
             rates = jnp.where(mean_rate > 0, rates / jnp.where(mean_rate > 0, mean_rate, 1), 1)
-        targets = jnp.minimum(rates ** jnp.asarray(alpha, jnp.float32), _LARGEST)
+        targets = jnp.minimum(rates ** jnp.asarray(alpha, jnp.float32), LARGEST)
         largest = jnp.max(stats.norms)
         weighted = jnp.abs(weights) * (stats.norms / jnp.where(largest > 0, largest, 1))
         signs = jnp.sign(weighted - _mean(weighted, present) * targets)
         pull = signs if canonical else signs - _mean(signs * targets, present)
         # A weight of zero counts as positive, or it would stay zero for good.
-        pull = pull * jnp.where(weights < 0, -1, 1) * jnp.asarray(factor, jnp.float32)
-        gradient = jnp.where(present, jnp.clip(pull * stats.norms, -_LARGEST, _LARGEST), 0)
-        step, optimizer_state = optimizer.update(gradient, state.optimizer_state, weights)
-        learned = jnp.asarray(optax.apply_updates(weights, step))
+        pull = pull * jnp.where(weights < 0, -1.0, 1.0) * jnp.asarray(factor, jnp.float32)
+        learned, optimizer_state = descend(
+            optimizer, pull * stats.norms, state.optimizer_state, weights, present
+        )
         if least is not None:
             learned = jnp.maximum(learned, jnp.asarray(least, jnp.float32))
         if sum_ is not None:
-            learned = share_out(learned, present, sum_ - jnp.sum(jnp.where(present, 0, weights)))
+            # Divided by its sum even if that is negative: without a guard nothing is hidden.
+            learned = jnp.where(present, learned, 0)
+            learned = jnp.where(jnp.sum(learned) == 0, present.astype(jnp.float32), learned)
+            held = sum_ - jnp.sum(jnp.where(present, 0, weights))
+            learned = learned / jnp.sum(learned) * held
         return weights, GradNormState(
             learned_weights=jnp.where(present, learned, weights),
             optimizer_state=optimizer_state,
@@ -220,13 +225,13 @@ def gradnorm_balance_point(
       Array([0.005625, 0.994375], dtype=float32)
     """
     _check_not_negative("alpha", alpha)
-    g, l, start = (jnp.asarray(x, jnp.float32) for x in (norms, losses, initial_losses))
-    if g.ndim != 1 or not g.shape == l.shape == start.shape:
+    g, now, start = (jnp.asarray(x, jnp.float32) for x in (norms, losses, initial_losses))
+    if g.ndim != 1 or not g.shape == now.shape == start.shape:
         raise ValueError(
             "norms, losses and initial_losses must be [K], one value per task; "
-            f"got shapes {g.shape}, {l.shape} and {start.shape}."
+            f"got shapes {g.shape}, {now.shape} and {start.shape}."
         )
-    rates = l / start
+    rates = now / start
     fastest = jnp.max(rates)
     relative = jnp.where(fastest > 0, rates / jnp.where(fastest > 0, fastest, 1), 1)
     inverse = jnp.where(g > 0, jnp.min(g) / jnp.where(g > 0, g, 1), 1)

@@ -8,9 +8,14 @@ import optax
 from jaxtyping import Array, Float
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Weighting, check_num_tasks
+from gaba_jax.weighting._base import (
+    Weighting,
+    check_num_tasks,
+    check_optimizer,
+    descend,
+    task_losses,
+)
 
-_LARGEST = 1e18  # larger gradients are taken as this one: its square is finite, in Adam too
 _LARGEST_LOG_VARIANCE = 40.0  # weights from 4e-18 to 2e17
 
 
@@ -72,9 +77,7 @@ def uncertainty(
       Array([ 0.3 , -0.05], dtype=float32)
     """
     check_num_tasks(num_tasks, least=2)
-    optimizer = optax.adam(0.025) if weight_optimizer is None else weight_optimizer
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise ValueError(f"{weight_optimizer=} must be an optax optimizer: optax.adam(0.025).")
+    optimizer = check_optimizer(optax.adam(0.025) if weight_optimizer is None else weight_optimizer)
 
     def init() -> UncertaintyState:
         # Buffers of their own, so that the state can be donated.
@@ -83,16 +86,12 @@ def uncertainty(
 
     def update(stats: TaskStats, state: UncertaintyState) -> tuple[Array, UncertaintyState]:
         log_variances = state.log_variances
-        losses = jnp.ones_like(log_variances) if stats.losses is None else stats.losses
         weights = jnp.exp(-log_variances)
-        gradient = jnp.clip(1 - weights * losses.astype(jnp.float32), -_LARGEST, _LARGEST)
-        gradient = jnp.where(stats.present, gradient, 0)
-        step, optimizer_state = optimizer.update(gradient, state.optimizer_state, log_variances)
-        learned = jnp.clip(
-            jnp.asarray(optax.apply_updates(log_variances, step)),
-            -_LARGEST_LOG_VARIANCE,
-            _LARGEST_LOG_VARIANCE,
+        gradient = 1 - weights * task_losses(stats)
+        learned, optimizer_state = descend(
+            optimizer, gradient, state.optimizer_state, log_variances, stats.present
         )
+        learned = jnp.clip(learned, -_LARGEST_LOG_VARIANCE, _LARGEST_LOG_VARIANCE)
         kept = jnp.where(stats.present, learned, log_variances)
         return weights, UncertaintyState(kept, optimizer_state)
 

@@ -1,0 +1,83 @@
+"""The Linen train state that passes losses and masks on."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import train_state
+
+from gaba_jax import BalanceState, gaba, gradnorm, task_value_and_grad
+from gaba_jax.linen import TrainState
+
+PARAMS = {"trunk": jnp.ones((4, 3)), "a": jnp.ones(3), "b": jnp.ones(3)}
+
+
+def losses_and_grads(params):
+    def losses_fn(params):
+        h = jnp.tanh(jnp.eye(4) @ params["trunk"])
+        return 50.0 * jnp.mean((h @ params["a"] - 1) ** 2), jnp.mean((h @ params["b"]) ** 2)
+
+    return task_value_and_grad(losses_fn)(params)
+
+
+def make_tx():
+    return optax.chain(gradnorm(), optax.adamw(1e-2))
+
+
+def test_equals_the_loop_by_hand():
+    tx = make_tx()
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+
+    @jax.jit
+    def train_step(state):
+        losses, grads = losses_and_grads(state.params)
+        return state.apply_gradients(grads=grads, task_losses=losses)
+
+    @jax.jit
+    def by_hand(params, opt_state):
+        losses, grads = losses_and_grads(params)
+        updates, opt_state = tx.update(grads, opt_state, params, task_losses=losses)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    for _ in range(5):
+        state, (params, opt_state) = train_step(state), by_hand(params, opt_state)
+    assert isinstance(state, TrainState)
+    assert state.tx is tx
+    assert state.step == 5
+    chex.assert_trees_all_close((state.params, state.opt_state), (params, opt_state), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [TrainState, train_state.TrainState])
+def test_forgotten_losses_raise_when_the_step_is_traced(kind):
+    state = kind.create(apply_fn=None, params=PARAMS, tx=make_tx())
+
+    def train_step(state):
+        return state.apply_gradients(grads=losses_and_grads(state.params)[1])
+
+    with pytest.raises(ValueError, match=r"task_losses=losses.*train state whose apply_gradients"):
+        jax.jit(train_step).trace(state)
+
+
+def test_flax_own_train_state_does_not_pass_losses_on():
+    state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=make_tx())
+    losses, grads = losses_and_grads(PARAMS)
+    with pytest.raises(ValueError, match="train state whose apply_gradients"):
+        state.apply_gradients(grads=grads, task_losses=losses)
+
+
+def test_masks_are_passed_on_and_fields_replaced():
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.chain(gaba(), optax.sgd(0.1)))
+    _, grads = losses_and_grads(PARAMS)
+    state = state.apply_gradients(grads=grads, task_mask=jnp.array([True, False]), apply_fn=abs)
+    assert isinstance(state.opt_state[0], BalanceState)
+    np.testing.assert_array_equal(state.opt_state[0].task_weights, [1, 0])
+    assert state.apply_fn is abs
+
+
+def test_any_optimizer_works():
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1))
+    state = state.apply_gradients(grads=PARAMS, task_losses=jnp.ones(2))
+    chex.assert_trees_all_close(state.params, jax.tree.map(lambda p: 0.9 * p, PARAMS), rtol=1e-6)

@@ -1,0 +1,166 @@
+"""Comparisons: methods by name, runs that resume, and what the report says of known numbers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gaba_jax.turbofan import compare, report
+from gaba_jax.turbofan.train import TrainConfig, load_data, train, train_seeds
+
+SMALL = TrainConfig(epochs=1, stride=20)
+METHODS = ("uniform", "gaba:warmup_steps=0,beta=0.5", "inverse_norm")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(cells, folder, results) of a small comparison with two seeds."""
+    out = tmp_path_factory.mktemp("compare")
+    cells = compare.cells(METHODS, ("FD001", "FD002"), ("mse",), SMALL)
+    return cells, out, compare.run(cells, (0, 1), out)
+
+
+class TestMethods:
+    def test_options(self):
+        text = "gaba:beta=0.5,floor=project,debias=true,task_priorities=(1.0,2.0),warmup_steps=0"
+        rule = compare.parse_method(text)
+        assert rule.num_tasks == 2
+        assert "norms" in compare.parse_method("uniform").needs
+        default = compare.parse_method("gaba")
+        state, changed = default.init(), rule.init()
+        assert state.ema_mass == 1
+        assert changed.ema_mass == 0  # debiased
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("gabba", r"no weighting 'gabba'. There are: .*gaba, .*uniform"),
+            ("gaba:betta=0.5", r"'betta=0.5' is no option of gaba, which takes \['beta'"),
+            ("gaba:beta", r"'beta' is no option"),
+            ("gaba:beta=2", r"'gaba:beta=2': .*beta"),
+            ("gaba:floor=none", r"floor"),
+            ("stabilize", r"no weighting 'stabilize'"),
+        ],
+    )
+    def test_mistakes(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            compare.parse_method(text)
+
+
+class TestRuns:
+    def test_every_method_starts_from_the_same(self, finished):
+        _, _, results = finished
+        assert len(results) == 12
+        for subset in ("FD001", "FD002"):
+            first = {
+                r["method"]: r["history"]["gradient_ratio"][0]
+                for r in results
+                if r["subset"] == subset and r["seed"] == 0
+            }
+            assert len(set(np.round(list(first.values()), 3))) == 1
+        scores = {(r["subset"], r["label"], r["seed"]): r["test"]["rmse"] for r in results}
+        assert len(set(scores.values())) == 12
+
+    def test_a_seed_does_not_depend_on_the_others(self, finished):
+        _, _, results = finished
+        config = dataclasses.replace(SMALL, weighting="inverse_norm")
+        alone = train(load_data(config), config).summary
+        kept = next(r for r in results if r["method"] == "inverse_norm" and r["seed"] == 0)
+        assert kept["test"]["rmse"] == pytest.approx(alone["test"]["rmse"], rel=1e-4)
+
+    def test_what_is_there_is_not_run_again(self, finished, monkeypatch, tmp_path):
+        cells, out, results = finished
+        trained = []
+
+        def record(data, config, rule, seeds, on_epoch):
+            trained.append((config.subset, tuple(seeds)))
+            return train_seeds(data, config, rule, seeds, on_epoch)
+
+        monkeypatch.setattr(compare, "train_seeds", record)
+        assert compare.run(cells, (0, 1), out) == results
+        assert not trained
+        gone = compare.run_file(out, cells[4], 1)
+        gone.unlink()
+        assert list(compare.missing_epochs(cells, (0, 1), out)) == [0, 0, 0, 0, 1, 0]
+        again = compare.run(cells, (0, 1), out)
+        assert trained == [("FD002", (1,))]
+        for a, b in zip(again, results, strict=True):
+            assert a["test"] == pytest.approx(b["test"], rel=1e-4)
+
+    def test_a_stopped_cell_leaves_no_half_file(self, finished, tmp_path):
+        cells, _, _ = finished
+
+        def stop(cell, epoch, count):
+            if cell.method == "inverse_norm":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(cells[:3], (0,), tmp_path, stop)
+        assert len(list(tmp_path.rglob("seed*"))) == 2
+        assert all(json.loads(file.read_text()) for file in tmp_path.rglob("seed*"))
+
+    def test_other_settings_need_another_folder(self, finished):
+        _, out, _ = finished
+        other = compare.cells(METHODS, ("FD001",), ("mse",), dataclasses.replace(SMALL, stride=30))
+        with pytest.raises(ValueError, match=r"seed0.json holds a run with another stride"):
+            compare.run(other, (0,), out)
+
+    def test_a_diverged_run_is_counted(self, tmp_path):
+        config = dataclasses.replace(SMALL, optimizer="sgd", learning_rate=1e3)
+        cells = compare.cells(("uniform", "inverse_norm"), ("FD001",), ("amnl",), config)
+        results = compare.run(cells, (0,), tmp_path)
+        assert results[0]["diverged"]
+        assert results[0]["test"] == {}
+        text = report.report(results)
+        assert "1 of 1" in text
+        assert "runs that diverged: uniform + amnl" in text
+        report.write(results, tmp_path)
+
+
+class TestReport:
+    def test_files(self, finished, tmp_path):
+        _, _, results = finished
+        report.write(results, tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == {
+            "results.csv",
+            "report.md",
+            *(f"{what}_{s}.png" for what in ("pareto", "history") for s in ("FD001", "FD002")),
+        }
+        lines = (tmp_path / "results.csv").read_text().splitlines()
+        assert len(lines) == 13
+        assert lines[0].startswith("subset,loss,method,seed,diverged,rmse,nasa_score")
+        text = (tmp_path / "report.md").read_text()
+        for part in ("## FD002", "Friedman (seed means", "subset x seed", "Nemenyi", "Holm"):
+            assert part in text
+
+    def test_one_subset_and_one_seed_say_what_they_need(self, finished):
+        _, _, results = finished
+        text = report.report([r for r in results if r["subset"] == "FD001" and r["seed"] == 0])
+        assert "needs at least 2 blocks and 3 methods; there are 1 and 3" in text
+        assert "Nemenyi: needs at least 2 subsets" in text
+        assert "needs at least 2 seeds" in text
+
+    def test_holm(self):
+        np.testing.assert_allclose(report.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+        np.testing.assert_allclose(report.holm([0.5, 0.9]), [1, 1])
+
+    def test_nemenyi_of_the_literature(self):
+        """Demsar 2006: four classifiers on 14 data sets have the critical difference 1.25."""
+        scores = np.random.default_rng(0).normal(size=(14, 4))
+        assert "more than 1.25." in report.nemenyi(scores, "abcd")
+
+    def test_detectable_difference_is_detected(self):
+        random = np.random.default_rng(0)
+        differences = random.normal(size=5)
+        effect = report.detectable(differences)
+        spread = differences.std(ddof=1)
+        drawn = random.normal(effect, spread, size=(20000, 5))
+        found = stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05
+        assert found.mean() == pytest.approx(0.8, abs=0.08)
+
+    def test_friedman_is_scipys(self):
+        scores = np.random.default_rng(0).normal(size=(6, 3))
+        expected = stats.friedmanchisquare(*scores.T)
+        assert f"p = {expected.pvalue:.3g}, 6 blocks" in report.friedman(scores, "blocks")
