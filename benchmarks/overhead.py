@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 from benchmarks import _measure
 from benchmarks._models import Model, build
 from benchmarks._paths import BALANCED, PATHS, make_step
+from gaba_jax import gaba, task_value_and_grad
 
 STEPS = 10  # a call: one cycle of every=10
 RESULT = Path(__file__).with_suffix(".json")
@@ -64,6 +67,49 @@ def measure(
     }
 
 
+def transform(rounds: int) -> dict[str, float]:
+    """Milliseconds on ready-made gradients of the MLP, K = 2, donated: what gaba() adds to AdamW.
+
+    Beside it the time of reading the gradients twice: two sums of squares, one after the other.
+    """
+    model = build("mlp", 2)
+    _, made = jax.jit(lambda p, *batch: task_value_and_grad(model.whole)(p, *batch))(
+        model.params, *model.batch
+    )
+    adamw = optax.adamw(1e-4)
+
+    def step(tx: Any) -> Any:
+        def update(carry: Any, grads: Any) -> Any:
+            params, opt_state = carry
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), jnp.zeros([])
+
+        return update
+
+    def read(total: Any, grads: Any) -> Any:
+        sums = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)]
+        grads, first = jax.lax.optimization_barrier((grads, sum(sums)))
+        again = [jnp.sum(jnp.square(leaf - first)) for leaf in jax.tree.leaves(grads)]
+        return total + sum(again), first
+
+    runs = {}
+    for name, tx, grads in (
+        ("adamw", adamw, jax.tree.map(lambda leaf: leaf[0], made)),
+        ("gaba and adamw", optax.chain(gaba(), adamw), made),
+        ("reading twice", None, made),
+    ):
+        params = jax.tree.map(jnp.copy, model.params)
+        carry = jnp.zeros([]) if tx is None else (params, tx.init(params))
+        compiled = _measure.compile_step(read if tx is None else step(tx), carry, grads)
+        runs[name] = _measure.runner(compiled, carry, grads, STEPS)
+    seconds = _measure.interleaved(runs, rounds)
+    result = {name: 1e3 * float(np.median(values)) / STEPS for name, values in seconds.items()}
+    result["gaba() adds"] = result["gaba and adamw"] - result["adamw"]
+    rows = [[name, f"{value:.2f}"] for name, value in result.items()]
+    _measure.show("Ready-made gradients, MLP, K = 2", ["", "ms"], rows)
+    return result
+
+
 def table(title: str, result: dict[str, dict[str, float]]) -> None:
     rows = [
         [
@@ -102,7 +148,8 @@ def main(
             results[name][str(k)] = measure(built, k, rounds, STEPS)
             parameters = sum(leaf.size for leaf in jax.tree.leaves(built.params))
             table(f"{name}, {parameters / 1e6:.2f} M parameters, K = {k}", results[name][str(k)])
-    _measure.write(out, {"rounds": rounds, "steps": STEPS, "results": results})
+    added = transform(rounds)
+    _measure.write(out, {"rounds": rounds, "steps": STEPS, "results": results, "transform": added})
 
 
 if __name__ == "__main__":

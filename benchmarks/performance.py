@@ -31,8 +31,8 @@ def overhead() -> str:
     versions = document["versions"]
     where = f"{document['machine']}; jax {versions['jax']}, float32, batch 64"
     return (
-        "Time of a train step with AdamW over that of the same step with fixed weights, medians of "
-        f"{document['rounds']}\ninterleaved rounds, and XLA's temporary memory likewise "
+        "Time of a train step with AdamW over that of the same step with fixed weights, medians\n"
+        "over interleaved rounds, and XLA's temporary memory likewise\n"
         f"({where};\n`python -m benchmarks.overhead`):\n\n" + "\n".join(lines) + "\n"
     )
 
@@ -50,8 +50,8 @@ def peers() -> str:
         ]
         lines.append(row(path, *cells))
     plain = [
-        f"{result['torch plain']['milliseconds'] / result['plain']['milliseconds']:.2f}x ours on the "
-        f"{MODELS[name]}"
+        f"{result['torch plain']['milliseconds'] / result['plain']['milliseconds']:.2f}x ours "
+        f"on the {MODELS[name]}"
         for name, result in document["results"].items()
     ]
     return (

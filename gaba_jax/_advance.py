@@ -226,7 +226,8 @@ def needed_losses(weighting: Weighting, task_losses: Any) -> Float[Array, " task
     if task_losses is None:
         raise ValueError(
             f"this weighting needs the task losses: call {remedy}. A train state whose "
-            "apply_gradients takes no extra arguments does not pass them on."
+            "apply_gradients takes no extra arguments does not pass them on; "
+            "gaba_jax.linen.TrainState does."
         )
     if isinstance(task_losses, dict | list | tuple):
         raise ValueError(

@@ -86,7 +86,9 @@ def balanced_value_and_grad(
       encoder: ``encoder(params, *args) -> features``, a pytree. Norms are then those of the
         gradients with respect to the features, and the encoder is passed backward once: the cost
         of a plain step. A proxy: it sees how hard each task pulls on the features, not what the
-        encoder's Jacobian makes of it. ``shared`` and ``measure_on`` do not matter to it.
+        encoder's Jacobian makes of it. On the turbofan model the contributions that its weights
+        leave are within 2x of each other in the median (``benchmarks.encoder``). ``shared`` and
+        ``measure_on`` do not matter to it.
       every: measure at the first and then every n-th update, default 1; in between the weights
         are held, at the cost of a plain step. Averages keep their time constant in updates.
       microbatch_size: run the batch in parts of this size, with the activations of one part in

@@ -285,6 +285,9 @@ class TestEncoder:
         )
         with pytest.raises(ValueError, match=r"features must be floating.*'ids'.*int32"):
             balanced.value_and_grad(PARAMS, balanced.init(PARAMS), *BATCH)
+        nothing = balanced_value_and_grad(heads_fn, GABA, encoder=lambda p, *batch: ())
+        with pytest.raises(ValueError, match="encoder returned no features"):
+            nothing.value_and_grad(PARAMS, nothing.init(PARAMS), *BATCH)
 
 
 class TestMicrobatches:

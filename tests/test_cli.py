@@ -189,3 +189,29 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
     assert process.returncode == 130
     assert errors.strip() == "gaba-jax: interrupted"
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+def test_compare_writes_and_goes_on(tmp_path, capsys):
+    arguments = ["compare", "--out", tmp_path, "--epochs", 1, "--stride", 20, "--seeds", 1]
+    assert run(*arguments, "--methods", "uniform") == 0
+    kept = tmp_path / "runs" / "FD001" / "mse" / "uniform" / "seed0.json"
+    before = kept.stat().st_mtime_ns
+    assert run(*arguments, "--methods", "uniform", "gaba:warmup_steps=0") == 0
+    assert kept.stat().st_mtime_ns == before
+    assert "2 runs, 0 diverged" in capsys.readouterr().out
+    for name in ("results.csv", "report.md", "pareto_FD001.png", "history_FD001.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "needs at least 2 seeds" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "gabba"], "no weighting 'gabba'. There are: "),
+        (["--methods", "gaba:betta=1"], "'betta=1' is no option of gaba"),
+        (["--seeds", "0"], "seeds=0 must be at least 1"),
+    ],
+)
+def test_compare_says_what_is_wrong(arguments, message, capsys, tmp_path):
+    assert run("compare", "--out", tmp_path, *arguments) == 1
+    assert message in capsys.readouterr().err
