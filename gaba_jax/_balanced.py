@@ -27,7 +27,6 @@ from gaba_jax._selection import Selection, Selector, select
 from gaba_jax._transform import (
     Nonfinite,
     check_driver_arguments,
-    combine,
     leaf_coefficients,
     measure_stacked,
     wanted_leaves,
@@ -81,8 +80,9 @@ def balanced_value_and_grad(
       measure: "exact" (default): one backward pass per task to its norm alone, then one with the
         weights, K + 1 in all. "lagged": K backward passes, summed with the weights of the update
         before (the rule's initial weights at first) while they are measured for the next.
-        A rule that needs cosines stacks K gradients either way; one that reads no gradients takes
-        one backward pass.
+        A rule that needs cosines stacks K gradients to measure them either way, and then takes one
+        backward pass with the weights, which was faster than summing the stack; a rule that reads
+        no gradients takes that one pass alone.
       encoder: ``encoder(params, *args) -> features``, a pytree. Norms are then those of the
         gradients with respect to the features, and the encoder is passed backward once: the cost
         of a plain step. A proxy: it sees how hard each task pulls on the features, not what the
@@ -111,9 +111,9 @@ def balanced_value_and_grad(
       A :class:`BalancedGradient`. ``value_and_grad(params, state, *args, task_mask=None)`` gives
       losses [K], the gradient with the shapes and dtypes of ``params``, for any optax optimizer,
       and the next :class:`BalanceState`. ``task_mask`` [K] bool marks the tasks that are in this
-      batch. The losses of an absent task must be finite, with finite derivatives, unless under
-      "lagged" they are returned separately (tuple, list, dict): elsewhere its zero weight meets
-      them in one backward pass, and zero times NaN is NaN.
+      batch. The losses of an absent task must be finite, with finite derivatives: its zero weight
+      meets them in one backward pass, and zero times NaN is NaN. Not so under "lagged" (without
+      cosines), where losses that are returned separately (tuple, list, dict) are kept apart.
 
     Raises:
       ValueError: a wrong argument, or two that exclude each other, at construction; on a selection
@@ -144,7 +144,7 @@ def balanced_value_and_grad(
     check_driver_arguments(shared, weight_task_specific, nonfinite)
     _check_arguments(weighting, measure, encoder, every, microbatch_size, norms, nonfinite)
     num_tasks, drop = weighting.num_tasks, nonfinite == "drop"
-    reads = measures_gradients(weighting)
+    reads, one_by_one = measures_gradients(weighting), "cosines" not in weighting.needs
     forward = functools.partial(_forward, losses_fn, encoder, has_aux)
 
     def init(params: Any) -> BalanceState:
@@ -204,19 +204,10 @@ def balanced_value_and_grad(
                 all_of_them = (True,) * len(features)
                 measurement = measure_stacked(features, all_of_them, num_tasks)
                 return measured(measurement, Selection(all_of_them, all_of_them))
+            if "cosines" in weighting.needs:
+                stacked = _stack([run.pull_back_one(i) for i in range(num_tasks)])
+                return measured(measure_stacked(stacked, wanted, num_tasks))
             return measured(Measurement(_norms(run, num_tasks, wanted, norms), _no_cosines))
-
-        def from_stack() -> tuple[BalanceState, Any]:
-            each = [run.pull_back_one(i) for i in range(num_tasks)]
-            stacked = [jnp.stack(leaf) for leaf in zip(*map(jax.tree.leaves, each), strict=True)]
-            measurement = measure_stacked(stacked, wanted_leaves(selection, nonfinite), num_tasks)
-            usable = present
-            if drop:
-                usable &= jnp.all(jnp.isfinite(measurement.leaf_norms), axis=0)
-            new = measured(measurement, usable=usable)
-            factors = coefficients(new.task_weights, usable)
-            summed = combine(stacked, factors, usable if apart else None)
-            return new, jax.tree.unflatten(jax.tree.structure(params), summed)
 
         def while_summing() -> tuple[BalanceState, Any]:
             def factors(usable: Array) -> list[Array]:
@@ -235,9 +226,7 @@ def balanced_value_and_grad(
         def held() -> BalanceState:
             return hold(state, present)
 
-        if encoder is None and "cosines" in weighting.needs:
-            new, grads = if_due(from_stack, lambda: (held(), weighted(held())))
-        elif encoder is None and measure == "lagged" and (reads or drop):
+        if measure == "lagged" and encoder is None and one_by_one and (reads or drop):
             new, grads = if_due(while_summing, lambda: (held(), weighted(held())))
         else:
             new = if_due(from_norms, held)
@@ -269,6 +258,8 @@ def _forward(
         return _Run(*linear, feature_gradients=lambda: [])
 
     features, pull_features = jax.vjp(lambda p: encoder(p, *args), params)
+    if not jax.tree.leaves(features):
+        raise ValueError("encoder returned no features; it must return the pytree that heads read.")
     check_inexact(
         features, "the encoder's features", "Compute it in losses_fn, from its arguments."
     )
@@ -278,8 +269,7 @@ def _forward(
         return jax.tree.map(jnp.add, grads[0], pull_features(grads[1])[0])
 
     def feature_gradients() -> list[Array]:
-        each = [jax.tree.leaves(linear.pull_back_one(i)[1]) for i in range(linear.losses.shape[0])]
-        return [jnp.stack(leaf) for leaf in zip(*each, strict=True)]
+        return _stack([linear.pull_back_one(i)[1] for i in range(linear.losses.shape[0])])
 
     return _Run(
         linear.losses,
@@ -288,6 +278,11 @@ def _forward(
         lambda index: through_encoder(linear.pull_back_one(index)),
         feature_gradients,
     )
+
+
+def _stack(grads: list[Any]) -> list[Array]:
+    """Leaves [K, ...] of the gradients of K tasks."""
+    return [jnp.stack(leaf) for leaf in zip(*map(jax.tree.leaves, grads), strict=True)]
 
 
 def _in_microbatches(forward: Callable[..., _Run], params: Any, args: Any, size: int) -> _Run:
@@ -473,8 +468,8 @@ def _check_arguments(
             'norms="ghost" needs measure="exact", no encoder, no microbatch_size and a weighting '
             "without cosines: elsewhere the gradients are there to be measured."
         )
-    if nonfinite == "drop" and (measure == "exact" or encoder is not None or every > 1):
+    if nonfinite == "drop" and (measure == "exact" or not alone or every > 1):
         raise ValueError(
-            'nonfinite="drop" needs every gradient apart: use measure="lagged" with every=1 and '
-            "no encoder, or task_value_and_grad with balance."
+            'nonfinite="drop" needs every gradient apart: use measure="lagged" with every=1, no '
+            "encoder and a weighting without cosines, or task_value_and_grad with balance."
         )

@@ -1,6 +1,7 @@
 """What is measured on the task gradients: norms and cosines, safe from 1e-30 to 1e30."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,19 +157,30 @@ def cosines(
     num_tasks = norms.shape[0]
     usable = (norms > 0) & jnp.isfinite(norms)
     unit = jnp.where(usable, 1 / jnp.where(usable, norms, 1), 0)
+    pairs = list(itertools.combinations(range(num_tasks), 2))
+
+    def sliced(leaf: Array, factor: Array) -> Array:
+        scaled = [leaf[i] * factor[i] for i in range(num_tasks)]
+        dots = jnp.zeros([num_tasks, num_tasks], factor.dtype)
+        for i, j in pairs:
+            dots = dots.at[i, j].set(jnp.sum((scaled[i].conj() * scaled[j]).real))
+        return dots + dots.T
+
+    def whole(leaf: Array, factor: Array) -> Array:
+        axes = tuple(range(1, leaf.ndim))
+        scaled = leaf * jnp.expand_dims(factor, axes)
+        return lax.dot_general(
+            scaled.conj(), scaled, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+        ).real
+
+    dots = sliced if len(pairs) * len(leaves) <= _MOST_SLICES else whole
     gram = jnp.zeros([num_tasks, num_tasks], jnp.float32)
     for index, leaf in enumerate(leaves):
         accurate = accumulator(leaf)
-        factor = unit.astype(accurate)
-        axes = tuple(range(1, leaf.ndim))
-        scaled = leaf.astype(jnp.promote_types(leaf.dtype, accurate)) * jnp.expand_dims(
-            factor, axes
-        )
-        dots = lax.dot_general(
-            scaled.conj(), scaled, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
-        )
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, accurate))
+        of_leaf = dots(wide, unit.astype(accurate)).astype(jnp.float32)
         # Chosen afterwards: zero times the NaN of a leaf that is not measured would be NaN.
-        gram = gram + jnp.where(measured[index], dots.real.astype(jnp.float32), 0)
+        gram = gram + jnp.where(measured[index], of_leaf, 0)
     diagonal = jnp.eye(num_tasks, dtype=bool)
     return jnp.where(diagonal, 1, jnp.clip(gram, -1, 1)).astype(jnp.float32)
 

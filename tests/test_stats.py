@@ -152,6 +152,19 @@ class TestContract:
             jax.jit(tx.update)(PARAMS, state, PARAMS)
 
 
+def test_cosines_by_slices_are_those_by_leaf(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(3, 5, 4), (3, 7), (3,)]
+    leaves = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    measured, norms = jnp.array([True, True, False]), norms_of(leaves[:2])
+    by_slices = _stats.cosines(leaves, measured, norms)
+    monkeypatch.setattr(_stats, "_MOST_SLICES", 0)
+    np.testing.assert_allclose(by_slices, _stats.cosines(leaves, measured, norms), atol=1e-6)
+    flat = np.concatenate([np.reshape(leaf, (3, -1)) for leaf in leaves[:2]], axis=1)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    np.testing.assert_allclose(by_slices, flat @ flat.T, atol=1e-6)
+
+
 def test_norms_do_not_build_the_stack():
     """In one program with the backward passes, the task gradients stay apart."""
     params = [jnp.ones((256, 256)) for _ in range(4)]
