@@ -1,4 +1,4 @@
-"""The README's section on performance, from the JSON of overhead, peers and encoder.
+"""The README's section on performance, from the JSON of overhead, scaling, peers and encoder.
 
 ``python -m benchmarks.performance`` writes it between the markers in README.md.
 """
@@ -63,6 +63,19 @@ def peers() -> str:
     )
 
 
+def growth() -> str:
+    fitted = read("scaling")["exponents"]
+    tasks = ", ".join(
+        f"{path} K^{fitted['num_tasks'][path]:.2f}" for path in ("stacked", "exact", "lagged")
+    )
+    return (
+        f"With the number of tasks the step's time grows as {tasks}; memory does so only\nstacked "
+        "(`python -m benchmarks.scaling`):\n\n"
+        "![Time and memory over those of a plain step, by tasks and by parameters]"
+        "(docs/images/scaling.png)\n"
+    )
+
+
 def which() -> str:
     proxy = read("encoder")["results"]["contribution ratio with the encoder's weights"]
     lines = [
@@ -93,7 +106,7 @@ def which() -> str:
 
 
 def section() -> str:
-    return "\n".join([overhead(), peers(), which()])
+    return "\n".join([overhead(), growth(), peers(), which()])
 
 
 def main() -> None:

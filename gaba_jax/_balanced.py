@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from gaba_jax import _ghost, _stats
+from gaba_jax import _stats
 from gaba_jax._advance import (
     BalanceState,
     Measurement,
@@ -359,8 +359,11 @@ def _norms(
     def direct(cotangent: Array, scale: Array) -> Array:
         return _sums_of_squares(run.pull_back(cotangent), scale, wanted)
 
-    ghost = _ghost.sums_of_squares(run.pull_back, one_hot[0], wanted) if norms == "ghost" else None
-    sums = ghost or direct
+    sums = direct
+    if norms == "ghost":
+        from gaba_jax import _ghost  # jax.extend may change: nobody else needs it
+
+        sums = _ghost.sums_of_squares(run.pull_back, one_hot[0], wanted)
 
     def of_all(scale: Array, carry: None) -> tuple[Array, None]:
         return lax.map(lambda task: sums(*task), (one_hot, scale.T)).T, carry
