@@ -64,12 +64,15 @@ def peers() -> str:
 
 
 def growth() -> str:
-    fitted = read("scaling")["exponents"]
-    tasks = ", ".join(
-        f"{path} K^{fitted['num_tasks'][path]:.2f}" for path in ("stacked", "exact", "lagged")
-    )
+    document = read("scaling")
+    fitted, largest = document["exponents"]["num_tasks"], document["results"]["num_tasks"][-1]
+    tasks = ", ".join(f"{path} K^{fitted[path]:.2f}" for path in ("stacked", "exact", "lagged"))
+    memory = {path: row["memory"] for path, row in largest["paths"].items()}
+    stacked = memory.pop("stacked")
     return (
-        f"With the number of tasks the step's time grows as {tasks}; memory does so only\nstacked "
+        f"With the number of tasks the time of a step grows as {tasks}.\n"
+        f"At K = {largest['num_tasks']} its temporary memory is {stacked:.0f}x a plain step's when "
+        f"stacked, at most {max(memory.values()):.1f}x\notherwise "
         "(`python -m benchmarks.scaling`):\n\n"
         "![Time and memory over those of a plain step, by tasks and by parameters]"
         "(docs/images/scaling.png)\n"
