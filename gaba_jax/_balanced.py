@@ -100,7 +100,7 @@ def balanced_value_and_grad(
         None, the batch as a whole.
       norms: "direct" (default), or "ghost": the norm of a matrix gradient from its two factors,
         activations and cotangents, where that is cheaper, for ``measure="exact"``. Relative error
-        about 1e-7 times the square of how much the examples' gradients cancel each other.
+        about 1e-9 times the square of how much the examples' gradients cancel each other.
       has_aux: whether ``losses_fn`` returns ``(losses, aux)``.
       shared: the shared parameters, default found from the gradients; see :func:`balance`.
       measure_on: where norms are taken, default all shared parameters; see :func:`balance`.
