@@ -184,9 +184,6 @@ def balanced_value_and_grad(
                 lagged=measure == "lagged",
             )
 
-        def coefficients(task_weights: Array, usable: Array) -> list[Array]:
-            return leaf_coefficients(task_weights, usable, selection, weight_task_specific)
-
         def weighted(state: BalanceState) -> Any:
             """The gradient with the state's weights, from one backward pass."""
             grads = run.pull_back(state.task_weights)
@@ -211,7 +208,8 @@ def balanced_value_and_grad(
 
         def while_summing() -> tuple[BalanceState, Any]:
             def factors(usable: Array) -> list[Array]:
-                return coefficients(restrict(state.next_task_weights, usable), usable)
+                task_weights = restrict(state.next_task_weights, usable)
+                return leaf_coefficients(task_weights, usable, selection, weight_task_specific)
 
             leaf_norms, usable, grads = _sum_and_norms(
                 run, params, present, factors, wanted=wanted, apart=apart, drop=drop

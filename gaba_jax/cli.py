@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,7 +182,7 @@ def _train(command: Train, console: Console) -> None:
             )
             if out is not None:
                 with (out / "metrics.jsonl").open("a") as file:
-                    line = {"epoch": record.epoch, **_finite(scalars)}
+                    line = {"epoch": record.epoch, **compare.finite(scalars)}
                     file.write(json.dumps(line, allow_nan=False) + "\n")
 
         run = train(data, config, on_epoch)
@@ -233,7 +232,7 @@ def _compare(command: Compare, console: Console) -> None:
 
 
 def _write(run: Run, data: TurbofanData, out: Path) -> None:
-    scores = {name: _finite(run.summary[name]) for name in ("validation", "test")}
+    scores = {name: compare.finite(run.summary[name]) for name in ("validation", "test")}
     summary = json.dumps(run.summary | scores, indent=2, allow_nan=False)
     (out / "summary.json").write_text(summary + "\n")
     norms = np.concatenate([record.task_norms for record in run.records])
@@ -275,11 +274,6 @@ def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -
     console.print(f"{summary['updates']} updates in {summary['timing']['seconds']:.1f} s")
     if out is not None:
         console.print(f"Written to {out}")
-
-
-def _finite(scalars: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN and no infinity; they become null."""
-    return {key: value if math.isfinite(value) else None for key, value in scalars.items()}
 
 
 if __name__ == "__main__":

@@ -218,14 +218,14 @@ def _write(file: Path, result: dict[str, Any]) -> None:
     """In one step: a file that is there is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
     os.replace(partial, file)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become null."""
+def finite(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
