@@ -112,10 +112,14 @@ def section() -> str:
     return "\n".join([overhead(), growth(), peers(), which()])
 
 
+def replace_between(text: str, start: str, end: str, new: str) -> str:
+    """The text with what stands between two markers replaced."""
+    before, _, rest = text.partition(start)
+    return before + start + new + end + rest.partition(end)[2]
+
+
 def main() -> None:
-    before, _, rest = README.read_text().partition(START)
-    after = rest.partition(END)[2]
-    README.write_text(before + START + section() + END + after)
+    README.write_text(replace_between(README.read_text(), START, END, section()))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Trains the compact model on all four subsets of C-MAPSS in DIR, five seeds, with every weighting and
 with GABA changed one factor at a time. Finished runs are kept in RUNS, so it can be stopped and
-started again; two processes may share RUNS if they take different subsets. ``--report`` writes
-results.csv, report.md and pictures beside this script from the runs there are.
+started again; two processes may share RUNS if they take different subsets. ``--report-only`` takes
+the cells that are complete. The results and pictures are written beside this script, and tables of
+them into docs/turbofan_study.md and the README.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import tyro
 from rich.progress import Progress
 
+from benchmarks.turbofan_study import _page
 from gaba_jax import weighting
 from gaba_jax.turbofan import compare, report
 from gaba_jax.turbofan.train import Subset, TrainConfig
@@ -37,6 +39,7 @@ OTHERS = (
     "dynamic_weight_average",
     "random",
 )
+PICTURED = ("uniform", "gaba", METHODS[3], "inverse_norm", "gaba + amnl", "gradnorm")
 # From the published setting, one factor at a time; the start and the warm-up, two by two.
 ABLATIONS = (
     "gaba:debias=true",
@@ -125,7 +128,10 @@ def main(
 
         results = compare.run(todo, SEEDS, runs, on_epoch)
     if report_only or subset == SUBSETS:
-        report.write(results, HERE)
+        (HERE / "results.csv").write_text(report.results_csv(results))
+        (HERE / "report.md").write_text(report.report(results))
+        report.write_pictures([r for r in results if r["label"] in PICTURED], HERE)
+        _page.write()
 
 
 if __name__ == "__main__":

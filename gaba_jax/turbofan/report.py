@@ -32,6 +32,11 @@ def write(results: Sequence[Result], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.csv").write_text(results_csv(results))
     (out / "report.md").write_text(report(results))
+    write_pictures(results, out)
+
+
+def write_pictures(results: Sequence[Result], out: Path) -> None:
+    """Writes ``pareto_SUBSET.png`` and ``history_SUBSET.png``."""
     for subset in _unique(results, "subset"):
         of_subset = [r for r in results if r["subset"] == subset]
         pareto(of_subset).savefig(out / f"pareto_{subset}.png", dpi=130)
@@ -40,7 +45,7 @@ def write(results: Sequence[Result], out: Path) -> None:
 
 def results_csv(results: Sequence[Result]) -> str:
     """One line a run."""
-    columns = ["subset", "loss", "method", "seed", "diverged", *METRICS]
+    columns = ["subset", "loss", "method", "label", "seed", "diverged", *METRICS, "validation_rmse"]
     columns += [f"weight_{task}" for task in TASKS]
     columns += ["gradient_ratio", "contribution_ratio", "updates", "step_seconds"]
     text = io.StringIO()
@@ -48,7 +53,8 @@ def results_csv(results: Sequence[Result]) -> str:
     writer.writeheader()
     for result in results:
         weights = {f"weight_{task}": w for task, w in result["task_weights"].items()}
-        writer.writerow(result | result["test"] | weights)
+        scores = result["test"] | {"validation_rmse": result["validation"].get("rmse")}
+        writer.writerow(result | scores | weights)
     return text.getvalue()
 
 
@@ -72,7 +78,7 @@ def means(results: Sequence[Result]) -> Iterator[tuple[str, str, dict[str, float
     for subset, label in itertools.product(_unique(results, "subset"), _unique(results, "label")):
         runs = [r for r in results if (r["subset"], r["label"]) == (subset, label)]
         row = {
-            metric: float(np.mean([r["test"][metric] for r in runs if not r["diverged"]] or np.nan))
+            metric: float(np.mean(_known([r["test"][metric] for r in runs if not r["diverged"]])))
             for metric in METRICS
         }
         if runs:
@@ -233,18 +239,28 @@ def detectable(differences: NDArray[np.float64], power: float = 0.8) -> float:
 
 
 def pareto(results: Sequence[Result]) -> Figure:
-    """RMSE against NASA score, means with standard deviations; the front is joined."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    points = []
-    for i, label in enumerate(_unique(results, "label")):
+    """RMSE against NASA score, means with standard deviations; the front is joined.
+
+    A method at more than twice the median of either is named, and not drawn.
+    """
+    means, spreads = {}, {}
+    for label in _unique(results, "label"):
         scores = [r["test"] for r in results if r["label"] == label and not r["diverged"]]
         if scores:
             values = _array([[score["rmse"], score["nasa_score"]] for score in scores])
-            (x, y), (dx, dy) = values.mean(axis=0), values.std(axis=0)
+            means[label], spreads[label] = values.mean(axis=0), values.std(axis=0)
+    limit = 2 * np.nanmedian(_array(list(means.values()) or [[np.nan] * 2]), axis=0)
+    figure = Figure(figsize=(8, max(4.2, 1 + 0.2 * len(means))), layout="constrained")
+    axes = figure.subplots()
+    points = []
+    for i, (label, (x, y)) in enumerate(means.items()):
+        color, marker = COLORS[i % len(COLORS)], "osD^v"[i // len(COLORS) % 5]
+        inside = x <= limit[0] and y <= limit[1]
+        (dx, dy), label = spreads[label], label if inside else f"{label} (far outside)"
+        shown = (x, y, dy, dx) if inside else (np.nan,) * 4
+        axes.errorbar(*shown, label=label, linewidth=1, color=color, marker=marker)
+        if inside:
             points.append((x, y))
-            color, marker = COLORS[i % len(COLORS)], "osD^v"[i // len(COLORS) % 5]
-            axes.errorbar(x, y, dy, dx, label=label, linewidth=1, color=color, marker=marker)
     front = [p for p in points if not any(q[0] < p[0] and q[1] < p[1] for q in points)]
     axes.plot(*np.array(sorted(front)).reshape(-1, 2).T, color="0.6", linewidth=1, zorder=0)
     axes.set(xlabel="test RMSE (cycles)", ylabel="NASA score", title=results[0]["subset"])
@@ -256,9 +272,10 @@ def pareto(results: Sequence[Result]) -> Figure:
 
 def history(results: Sequence[Result]) -> Figure:
     """Health weight and gradient ratio over training: means, and bands from least to most."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    labels = _unique(results, "label")
+    figure = Figure(figsize=(11, max(4, 1 + 0.2 * len(labels))), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, label in enumerate(_unique(results, "label")):
+    for i, label in enumerate(labels):
         runs = [r["history"] for r in results if r["label"] == label and not r["diverged"]]
         if not runs:
             continue
@@ -271,6 +288,8 @@ def history(results: Sequence[Result]) -> Figure:
             axes.fill_between(
                 update, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0
             )
+    if max((np.abs(line.get_ydata()).max() for line in left.lines), default=0) > 10:
+        left.set_yscale("symlog", linthresh=1)  # weights that run away would hide the rest
     left.set(xlabel="update", ylabel="weight of the health loss")
     right.set(xlabel="update", ylabel="gradient norms, largest / smallest", yscale="log")
     figure.suptitle(results[0]["subset"])
@@ -297,9 +316,13 @@ def _scores(results: Sequence[Result], metric: str) -> NDArray[np.float64]:
     return _array(values).reshape([len(axis) for axis in axes])
 
 
+def _known(values: Sequence[float | None]) -> NDArray[np.float64]:
+    """Without null, which stands for what is not finite; one NaN if nothing is left."""
+    return _array([value for value in values if value is not None] or [np.nan])
+
+
 def _median(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else float("nan")
+    return float(np.median(_known(values)))
 
 
 def _number(value: float, digits: int) -> str:
@@ -307,8 +330,8 @@ def _number(value: float, digits: int) -> str:
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:
-    known = _array([value for value in values if value is not None])
-    if not len(known):
+    known = _known(values)
+    if np.isnan(known).any():
         return "-"
     spread = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
     return f"{known.mean():.{digits}f}{spread}"
