@@ -32,6 +32,7 @@ from gaba_jax import monitor, weighting
 from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._advance import BalanceState
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
+from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, only
 from gaba_jax._transform import balance, gaba, gradnorm
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
@@ -54,6 +55,7 @@ __all__ = [
     "gradnorm",
     "monitor",
     "only",
+    "per_task",
     "task_names",
     "task_value_and_grad",
     "weighting",

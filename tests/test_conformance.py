@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from absl.testing import parameterized
 from jax import export
@@ -90,6 +91,18 @@ def run(rule, grads):
 @functools.cache
 def compiled_run(name):
     return jax.jit(functools.partial(run, RULES[name]()))
+
+
+def rounding(rule):
+    """By how much two ways to compile a rule may differ: those that iterate round more often."""
+    return {"rtol": 1e-4, "atol": 1e-6} if "cosines" in rule.needs else {"rtol": 1e-6}
+
+
+def assert_close(actual, expected, **tolerance):
+    """Within a tolerance relative to the largest element of each leaf."""
+    for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        largest = float(jnp.max(jnp.abs(wanted)))
+        np.testing.assert_allclose(got, wanted, **tolerance, atol=tolerance["rtol"] * largest)
 
 
 def assert_same_types(actual, expected):
@@ -175,7 +188,10 @@ def test_balanced_gradients_are_those_of_balance(name, measure):
         largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected_grads))
         chex.assert_trees_all_close(grads, expected_grads, rtol=1e-5, atol=1e-6 * largest)
     chex.assert_trees_all_close(
-        states, expected._replace(task_weights=applied), rtol=1e-5, atol=1e-6
+        states,
+        expected._replace(task_weights=applied),
+        rtol=max(rounding(rule)["rtol"], 1e-5),
+        atol=1e-6,
     )
 
 
@@ -197,9 +213,9 @@ class Variants(chex.TestCase):
         first = repeat()
         chex.assert_trees_all_equal(first, repeat())
         updates, *rest = compiled_run(name)(grads)
-        largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(updates))
-        chex.assert_trees_all_close(first[0], updates, rtol=1e-6, atol=1e-6 * largest)
-        chex.assert_trees_all_close(list(first[1:]), rest, rtol=1e-6)
+        tolerance = rounding(RULES[name]())
+        assert_close(first[0], updates, rtol=tolerance["rtol"])
+        chex.assert_trees_all_close(list(first[1:]), rest, **tolerance)
 
 
 @every_rule
@@ -240,16 +256,32 @@ def test_one_trace_over_a_thousand_donated_steps(name):
 @every_rule
 def test_vmap_over_seeds_is_one_run_each(name):
     scales = [1.0, 1e-25, 1e25, 1e-3]
+    tolerance = rounding(RULES[name]())
+    tolerance["rtol"] = max(tolerance["rtol"], 1e-5)
     each = [gradients(seed, scale) for seed, scale in enumerate(scales)]
     batched = jax.jit(jax.vmap(functools.partial(run, RULES[name]())))(
         jax.tree.map(lambda *g: jnp.stack(g), *each)
     )
-    for i, (grads, scale) in enumerate(zip(each, scales, strict=True)):
+    for i, grads in enumerate(each):
         updates, *expected = compiled_run(name)(grads)
         actual, *rest = at(batched, i)
-        chex.assert_trees_all_close(actual, updates, rtol=1e-5, atol=1e-5 * scale)
-        chex.assert_trees_all_close(rest, expected, rtol=1e-5)
+        assert_close(actual, updates, rtol=tolerance["rtol"])
+        chex.assert_trees_all_close(rest, expected, **tolerance)
         assert expected[-1].nonfinite_count == 0
+
+
+@every_rule
+def test_checkpoint_round_trip(name, tmp_path):
+    """The state comes back from disk to the bit, and goes on as if it had never left."""
+    tx, grads = balance(RULES[name]()), gradients()
+    update = jax.jit(functools.partial(tx.update, **EXTRA))
+    _, state = update(at(grads, 0), tx.init(PARAMS), PARAMS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(*(update(at(grads, 1), s, PARAMS) for s in (restored, state)))
 
 
 DROP = {"shared": exclude("head"), "nonfinite": "drop"}

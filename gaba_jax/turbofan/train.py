@@ -1,6 +1,7 @@
 """Training the two-headed turbofan model with balanced gradients."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from gaba_jax import BalanceState, balance_metrics, balanced_value_and_grad, only, weighting
 from gaba_jax.turbofan import metrics, simulator
+from gaba_jax.turbofan.checkpoints import Checkpoints, Snapshot, Stopped
 from gaba_jax.turbofan.data import Split, TurbofanData, load, prepare
 from gaba_jax.turbofan.losses import (
     cross_entropy,
@@ -28,16 +30,34 @@ from gaba_jax.turbofan.model import CompactModel
 TASKS = ("rul", "health")
 Params = Any  # an nnx.State of nnx.Param
 Carry = tuple[Params, BalanceState, Any]  # with the optimizer's state
+_STATE: tuple[str, ...] = ("params", "balance", "optimizer")  # a Carry in a checkpoint
+_HISTORY: tuple[str, ...] = ("losses", "task_norms", "task_weights")  # recorded at every update
 Subset = Literal["FD001", "FD002", "FD003", "FD004"]
 Rule = Literal[
+    "aligned_mtl",
+    "cagrad",
+    "config",
+    "dual_projection",
     "dynamic_weight_average",
+    "fairgrad",
+    "famo",
     "gaba",
+    "geometric_mean",
     "gradnorm",
+    "gradvac",
+    "imtl_g",
+    "imtl_l",
     "inverse_norm",
     "inverse_share",
+    "mgda",
+    "nash_mtl",
+    "pcgrad",
     "random",
+    "scale_invariant",
+    "smooth_tchebycheff",
     "uncertainty",
     "uniform",
+    "upgrad",
 ]
 
 
@@ -162,22 +182,32 @@ def train(
     data: TurbofanData,
     config: TrainConfig,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Run:
     """Trains the compact model; the same data, configuration and machine give the same run.
 
-    Every epoch is one jitted scan over data that stays on the device.
+    Every epoch is one jitted loop over data that stays on the device, or several calls of it where
+    there are checkpoints within. Saved, stopped and resumed or not, a run has bitwise the same
+    parameters and records; only its timing differs.
 
     Args:
       data: the engines, from :func:`load_data`.
       config: everything else.
-      on_epoch: called after each epoch with its :class:`EpochRecord`.
+      on_epoch: called after each epoch with its :class:`EpochRecord`; of a resumed run first with
+        those of the epochs that were finished before.
+      checkpoints: where and how often to save the run, and whether to resume it. Defaults to
+        None, no checkpoints.
 
     Returns:
       A :class:`Run`; its ``summary`` can be written as JSON.
 
     Raises:
-      ValueError: a value of ``config`` is out of range.
+      ValueError: a value of ``config`` is out of range, or the checkpoints to go on from are of
+        another run, or cannot be read.
+      FileExistsError: there are checkpoints, but they are not to be resumed.
       FloatingPointError: the losses are no longer finite.
+      OSError: a checkpoint could not be written.
+      Stopped: ``checkpoints.stop`` asked for it.
 
     Example:
       >>> from gaba_jax.turbofan.train import TrainConfig, load_data, train
@@ -196,7 +226,8 @@ def train(
                 f"Lower the learning rate (it is {config.learning_rate})."
             )
 
-    return train_seeds(data, config, make_weighting(config), (config.seed,), checked)[0]
+    rule = make_weighting(config)
+    return _train_seeds(data, config, rule, (config.seed,), checked, checkpoints)[0]
 
 
 def train_seeds(
@@ -225,6 +256,17 @@ def train_seeds(
     Raises:
       ValueError: a value of ``config`` is out of range.
     """
+    return _train_seeds(data, config, rule, seeds, on_epoch, None)
+
+
+def _train_seeds(
+    data: TurbofanData,
+    config: TrainConfig,
+    rule: weighting.Weighting,
+    seeds: Sequence[int],
+    on_epoch: Callable[[Sequence[EpochRecord]], None],
+    checkpoints: Checkpoints | None,  # of a single seed
+) -> list[Run]:
     _check(config, len(data.train.rul))
     started = time.perf_counter()
     num_windows, window, channels = data.train.windows.shape
@@ -253,22 +295,33 @@ def train_seeds(
     )
     tx = _optimizer(config, config.epochs * steps)
 
+    # The bounds are dynamic: one program whatever the chunks, and so the same numbers.
     @jax.jit
-    def train_epoch(carries: Carry, keys: jax.Array, split: Split) -> tuple[Carry, Any]:
-        def step(carry: Carry, rows: jax.Array) -> tuple[Carry, Any]:
-            params, state, opt_state = carry
-            batch = jax.tree.map(lambda column: column[rows], split)
-            (losses, grads), state = balanced.value_and_grad(params, state, batch)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state, opt_state), (losses, state.task_norms, state.task_weights)
+    def train_chunk(
+        carries: Carry, orders: jax.Array, start: int, stop: int, split: Split
+    ) -> tuple[Carry, Any]:
+        def chunk(seed: tuple[Carry, jax.Array]) -> tuple[Carry, Any]:
+            carry, order = seed
+            rows = order.reshape(steps, config.batch_size)
 
-        def epoch(seed: tuple[Carry, jax.Array]) -> tuple[Carry, Any]:
-            carry, key = seed
-            order = jax.random.permutation(key, num_windows)[: steps * config.batch_size]
-            return lax.scan(step, carry, order.reshape(steps, config.batch_size))
+            def step(i: jax.Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
+                (params, state, opt_state), record = loop
+                batch = jax.tree.map(lambda column: column[rows[i]], split)
+                (losses, grads), state = balanced.value_and_grad(params, state, batch)
+                updates, opt_state = tx.update(grads, opt_state, params)
+                params = optax.apply_updates(params, updates)
+                measured = losses, state.task_norms, state.task_weights
+                record = [kept.at[i].set(now) for kept, now in zip(record, measured, strict=True)]
+                return (params, state, opt_state), record
 
-        return over_seeds(epoch, (carries, keys))
+            record = [jnp.zeros([steps, len(TASKS)], jnp.float32) for _ in _HISTORY]
+            return lax.fori_loop(start, stop, step, (carry, record))
+
+        return over_seeds(chunk, (carries, orders))
+
+    def shuffle(keys: Sequence[jax.Array], epoch: int) -> jax.Array:
+        drawn = [jax.random.permutation(jax.random.fold_in(k, epoch), num_windows) for k in keys]
+        return jnp.stack(drawn)[:, : steps * config.batch_size]
 
     @jax.jit
     def predict(params: Params, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -287,26 +340,87 @@ def train_seeds(
             for rul, health in zip(ruls, healths, strict=True)
         ]
 
-    start = lax.map(lambda p: (p, balanced.init(p), tx.init(p)), params)
-    carries: Carry = start
+    carries: Carry = lax.map(lambda p: (p, balanced.init(p), tx.init(p)), params)
     on_device = jax.device_put(data.train)
     keys = [jax.random.key(seed) for seed in seeds]
+    total = config.epochs * steps
+    history = {name: np.zeros([len(seeds), total, len(TASKS)], np.float32) for name in _HISTORY}
+    scalars: list[list[dict[str, float]]] = [[] for _ in seeds]
     records: list[list[EpochRecord]] = [[] for _ in seeds]
     seconds: list[float] = []
-    for epoch in range(1, config.epochs + 1):
-        epoch_keys = jnp.stack([jax.random.fold_in(key, epoch) for key in keys])
-        before = time.perf_counter()
-        carries, record = jax.block_until_ready(train_epoch(carries, epoch_keys, on_device))
-        seconds.append(time.perf_counter() - before)
-        params, states, _ = carries
-        validation = evaluate(params, data.validation)
-        for i, (losses, norms, weights) in enumerate(zip(*map(np.asarray, record), strict=True)):
-            scalars = {f"loss/{task}": float(losses[:, j].mean()) for j, task in enumerate(TASKS)}
-            scalars |= {f"validation/{name}": value for name, value in validation[i][2].items()}
-            state = jax.tree.map(lambda leaf, i=i: leaf[i], states)
-            scalars |= {k: float(v) for k, v in balance_metrics(state, TASKS).items()}
-            records[i].append(EpochRecord(epoch, scalars, losses, norms, weights))
+    done, elapsed, orders, identity = 0, 0.0, shuffle(keys, 1), {}
+
+    def first_state() -> dict[str, Any]:
+        """Of the first seed. In numpy, since arrays bound to a device would compile once more."""
+        of_seed = jax.tree.map(lambda leaf: np.asarray(leaf[0]), carries)
+        return dict(zip(_STATE, of_seed, strict=True))
+
+    def finish(epoch: int) -> None:
+        rows = slice((epoch - 1) * steps, epoch * steps)
+        for i in range(len(seeds)):
+            record = EpochRecord(
+                epoch, scalars[i][epoch - 1], *(history[name][i, rows] for name in _HISTORY)
+            )
+            records[i].append(record)
         on_epoch([each[-1] for each in records])
+
+    if checkpoints is not None:
+        identity = _identity(config) | {"tasks": list(TASKS), "data": _fingerprint(data)}
+        snapshot = checkpoints.start(first_state(), identity, _identity(TrainConfig()))
+        if snapshot is not None:
+            saved = tuple(snapshot.state[name] for name in _STATE)
+            carries = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], saved)
+            done, seconds, elapsed = snapshot.step, snapshot.seconds, snapshot.elapsed
+            keys, orders, scalars = [snapshot.rng], snapshot.order[None], [snapshot.scalars]
+            for name in _HISTORY:
+                history[name][0, :done] = snapshot.history[name]
+            for epoch in range(1, done // steps + 1):
+                finish(epoch)
+    while done < total:
+        epoch, start = divmod(done, steps)
+        if start == 0:
+            orders = shuffle(keys, epoch + 1)
+            seconds.append(0.0)
+        stop = steps
+        if checkpoints is not None:
+            stop = min(stop, start + checkpoints.every - done % checkpoints.every)
+        before = time.perf_counter()
+        carries, record = jax.block_until_ready(
+            train_chunk(carries, orders, start, stop, on_device)
+        )
+        seconds[-1] += time.perf_counter() - before
+        for name, values in zip(_HISTORY, record, strict=True):
+            history[name][:, done : done + stop - start] = np.asarray(values)[:, start:stop]
+        done += stop - start
+        if stop == steps:
+            params, states, _ = carries
+            validation = evaluate(params, data.validation)
+            rows = slice(done - steps, done)
+            for i in range(len(seeds)):
+                losses = history["losses"][i, rows]
+                found = {f"loss/{task}": float(losses[:, j].mean()) for j, task in enumerate(TASKS)}
+                found |= {f"validation/{name}": value for name, value in validation[i][2].items()}
+                state = jax.tree.map(lambda leaf, i=i: leaf[i], states)
+                found |= {k: float(v) for k, v in balance_metrics(state, TASKS).items()}
+                scalars[i].append(found)
+            finish(epoch + 1)
+        if checkpoints is not None:
+            stopped = checkpoints.stop()
+            if stopped or done % checkpoints.every == 0 or done == total:
+                snapshot = Snapshot(
+                    step=done,
+                    state=first_state(),
+                    rng=keys[0],
+                    order=orders[0],
+                    history={name: values[0, :done] for name, values in history.items()},
+                    scalars=scalars[0],
+                    seconds=seconds,
+                    elapsed=elapsed + time.perf_counter() - started,
+                )
+                checkpoints.save(snapshot, identity)
+            if stopped:
+                raise Stopped(f"stopped after update {done} of {total}")
+    params = carries[0]
     validation, test = (evaluate(params, split) for split in (data.validation, data.test))
     runs: list[Run] = []
     for i, seed in enumerate(seeds):
@@ -315,7 +429,7 @@ def train_seeds(
         summary["diverged"] = not (validation[i][2] and test[i][2])
         summary["validation"], summary["test"] = validation[i][2], test[i][2]
         summary["timing"] = {
-            "seconds": (time.perf_counter() - started) / len(seeds),
+            "seconds": (elapsed + time.perf_counter() - started) / len(seeds),
             # The first epoch compiles.
             "step_seconds": float(np.median(seconds[1:] or seconds)) / (steps * len(seeds)),
         }
@@ -327,6 +441,21 @@ def train_seeds(
 
 def _vmap(function: Callable[[Any], Any], arguments: Any) -> Any:
     return jax.vmap(function)(arguments)
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What the numbers of a run depend on, beside the data, which may lie in another folder."""
+    named = dataclasses.asdict(config)
+    del named["data"]
+    return named | {f"gaba.{name}": value for name, value in named.pop("gaba").items()}
+
+
+def _fingerprint(data: TurbofanData) -> str:
+    digest = hashlib.sha256()
+    for array in (*data.train, *data.validation, *data.test):
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return f"{len(data.train.rul)} training windows, sha256 {digest.hexdigest()[:16]}"
 
 
 def _optimizer(config: TrainConfig, updates: int) -> optax.GradientTransformation:

@@ -9,40 +9,78 @@ A rule is made by calling it with the number of tasks, and runs in :func:`gaba_j
 """
 
 from gaba_jax._stats import TaskStats
+from gaba_jax.weighting._aligned_mtl import aligned_mtl
 from gaba_jax.weighting._base import Weighting
+from gaba_jax.weighting._cagrad import cagrad
+from gaba_jax.weighting._config import config
 from gaba_jax.weighting._constant import constant
+from gaba_jax.weighting._dual_projection import dual_projection
 from gaba_jax.weighting._dynamic_weight_average import (
     DynamicWeightAverageState,
     dynamic_weight_average,
 )
+from gaba_jax.weighting._fairgrad import fairgrad
+from gaba_jax.weighting._famo import FamoState, famo
 from gaba_jax.weighting._gaba import gaba
+from gaba_jax.weighting._geometric_mean import geometric_mean
 from gaba_jax.weighting._gradnorm import GradNormState, gradnorm, gradnorm_balance_point
+from gaba_jax.weighting._gradvac import GradVacState, gradvac
+from gaba_jax.weighting._gramian import SolverState
+from gaba_jax.weighting._imtl_g import imtl_g
+from gaba_jax.weighting._imtl_l import imtl_l
 from gaba_jax.weighting._inverse_norm import inverse_norm
 from gaba_jax.weighting._inverse_share import inverse_share
+from gaba_jax.weighting._mgda import mgda
+from gaba_jax.weighting._nash_mtl import nash_mtl
+from gaba_jax.weighting._normalized import normalized
+from gaba_jax.weighting._pcgrad import pcgrad
 from gaba_jax.weighting._random import RandomState, random
 from gaba_jax.weighting._rescaled import rescaled
+from gaba_jax.weighting._scale_invariant import scale_invariant
+from gaba_jax.weighting._smooth_tchebycheff import smooth_tchebycheff
 from gaba_jax.weighting._stabilize import StabilizeState, stabilize
 from gaba_jax.weighting._uncertainty import UncertaintyState, uncertainty
 from gaba_jax.weighting._uniform import uniform
+from gaba_jax.weighting._upgrad import upgrad
 
 __all__ = [
     "DynamicWeightAverageState",
+    "FamoState",
     "GradNormState",
+    "GradVacState",
     "RandomState",
+    "SolverState",
     "StabilizeState",
     "TaskStats",
     "UncertaintyState",
     "Weighting",
+    "aligned_mtl",
+    "cagrad",
+    "config",
     "constant",
+    "dual_projection",
     "dynamic_weight_average",
+    "fairgrad",
+    "famo",
     "gaba",
+    "geometric_mean",
     "gradnorm",
     "gradnorm_balance_point",
+    "gradvac",
+    "imtl_g",
+    "imtl_l",
     "inverse_norm",
     "inverse_share",
+    "mgda",
+    "nash_mtl",
+    "normalized",
+    "pcgrad",
     "random",
     "rescaled",
+    "scale_invariant",
+    "smooth_tchebycheff",
     "stabilize",
     "uncertainty",
     "uniform",
+    "upgrad",
 ]

@@ -110,8 +110,10 @@ def equal_weights(num_tasks: int) -> np.ndarray:
     return np.full(num_tasks, 1 / num_tasks, np.float32)
 
 
-def task_vector(argument: str, value: ArrayLike | None, num_tasks: int) -> Array | None:
-    """A positive [K] vector as float32, checked where it is concrete; None stays None."""
+def task_vector(
+    argument: str, value: ArrayLike | None, num_tasks: int, *, positive: bool = True
+) -> Array | None:
+    """A [K] vector as float32, finite and positive where it is concrete; None stays None."""
     if value is None:
         return None
     vector = jnp.asarray(value, jnp.float32)
@@ -120,8 +122,10 @@ def task_vector(argument: str, value: ArrayLike | None, num_tasks: int) -> Array
             f"{argument} must have shape ({num_tasks},), one value per task; "
             f"got shape {vector.shape}."
         )
-    if not isinstance(vector, Tracer) and not bool(jnp.all((vector > 0) & jnp.isfinite(vector))):
-        raise ValueError(f"{argument} must be positive and finite, got {vector}.")
+    good = jnp.isfinite(vector) & ((vector > 0) | (not positive))
+    if not isinstance(vector, Tracer) and not bool(jnp.all(good)):
+        wanted = "positive and finite" if positive else "finite"
+        raise ValueError(f"{argument} must be {wanted}, got {vector}.")
     return vector
 
 

@@ -1,5 +1,6 @@
 """Random weights, drawn anew at every update."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ _IMPL = "threefry2x32"  # named, so that a checkpoint does not depend on jax's d
 
 
 class RandomState(NamedTuple):
-    """State of :func:`random`. Names and order are an on-disk promise.
+    """State of :func:`random` and :func:`pcgrad`. Names and order are an on-disk promise.
 
     Attributes:
       key_data: [2] uint32, the words of a threefry key, as plain data that checkpoints can hold.
@@ -48,18 +49,31 @@ def random(num_tasks: int, *, seed: int | Array = 0) -> Weighting:
       >>> tx = balance(weighting.random(3, seed=1))
     """
     check_num_tasks(num_tasks)
-    concrete = number("seed", seed)
-    if concrete is not None and not (0 <= concrete < 2**32 and concrete.is_integer()):
-        raise ValueError(f"{seed=} must be a whole number from 0 to 2**32 - 1.")
+    key = initial_key(seed)
 
     def init() -> RandomState:
-        key = jax.random.key(jnp.asarray(seed).astype(jnp.uint32), impl=_IMPL)
-        return RandomState(jax.random.key_data(key))
+        return RandomState(key())
 
     def update(stats: TaskStats, state: RandomState) -> tuple[Array, RandomState]:
         del stats
-        key, draw = jax.random.split(jax.random.wrap_key_data(state.key_data, impl=_IMPL))
+        key_data, draw = next_key(state.key_data)
         weights = jax.nn.softmax(jax.random.normal(draw, [num_tasks], jnp.float32))
-        return weights, RandomState(jax.random.key_data(key))
+        return weights, RandomState(key_data)
 
     return Weighting(num_tasks, frozenset(), init, update, equal_weights(num_tasks))
+
+
+def initial_key(seed: int | Array) -> Callable[[], UInt32[Array, "2"]]:
+    """What makes the key data of a seed; ValueError unless the seed is whole and in range."""
+    concrete = number("seed", seed)
+    if concrete is not None and not (0 <= concrete < 2**32 and concrete.is_integer()):
+        raise ValueError(f"{seed=} must be a whole number from 0 to 2**32 - 1.")
+    return lambda: jax.random.key_data(
+        jax.random.key(jnp.asarray(seed).astype(jnp.uint32), impl=_IMPL)
+    )
+
+
+def next_key(key_data: UInt32[Array, "2"]) -> tuple[UInt32[Array, "2"], Array]:
+    """(key data to go on with, key to draw from)."""
+    key, draw = jax.random.split(jax.random.wrap_key_data(key_data, impl=_IMPL))
+    return jax.random.key_data(key), draw

@@ -1,0 +1,79 @@
+"""FairGrad: alpha-fair gains for all tasks."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gaba_jax._stats import TaskStats
+from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, equal_weights, number
+from gaba_jax.weighting._gramian import (
+    NEEDS,
+    SolverState,
+    no_residual,
+    of_gradients,
+    relative_norms,
+    unit_gramian,
+    usable,
+)
+from gaba_jax.weighting._solvers import power_equation
+
+_LARGEST_SCALE = 1e30
+
+
+def fairgrad(num_tasks: int, *, alpha: Number = 2.0) -> Weighting:
+    r"""FairGrad (Ban and Ji, "Fair resource allocation in multi-task learning", ICML 2024).
+
+    The direction d of bounded length with the largest alpha-fair utility of the gains
+    :math:`\langle g_i, d \rangle`, :math:`\sum_i u(\langle g_i, d \rangle)` with
+    :math:`u(x) = x^{1 - \alpha} / (1 - \alpha)`. It is :math:`d = \sum_i w_i g_i` with
+
+    .. math:: (G w)_i = w_i^{-1/\alpha}, \qquad G_{ij} = \langle g_i, g_j \rangle, \quad w > 0
+
+    so every task gains. alpha = 1 is :func:`nash_mtl`; a large alpha leads to the same gain for
+    all. Solved as :math:`C v = s\, v^{-1/\alpha}` with the unit gradients' Gramian C,
+    :math:`v_i = w_i \|g_i\|` and :math:`s_i = \|g_i\|^{(1 - \alpha)/\alpha}`.
+
+    When not to use it: where no direction improves all tasks the weights have no bound, and only a
+    ridge of 1e-6 on C keeps them finite; the residual shows it.
+
+    Args:
+      num_tasks: number of tasks K.
+      alpha: fairness, > 0, default 2 as in the paper's experiments.
+
+    Returns:
+      A :class:`Weighting` with a :class:`SolverState`; its residual is the largest relative error
+      of an equation. The weights are positive; their sum is not 1 but goes with
+      :math:`\|g\|^{-2\alpha/(1 + \alpha)}`, so combine it with an optimizer that does not mind the
+      scale, or wrap it in :func:`rescaled`. A task of norm zero gets 1/K, and so does a single one.
+
+    Raises:
+      ValueError: ``alpha`` is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gaba_jax import balance, weighting
+      >>> tx = balance(weighting.fairgrad(2, alpha=1.0))
+      >>> grads = {"shared": jnp.array([[4.0, 0.0], [0.0, 0.5]])}
+      >>> _, state = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
+      >>> print(state.task_weights.round(3))
+      [0.25 2.  ]
+    """
+    check_num_tasks(num_tasks)
+    concrete = number("alpha", alpha)
+    if concrete is not None and not 0 < concrete < float("inf"):
+        raise ValueError(f"{alpha=} must be positive and finite.")
+
+    def update(stats: TaskStats, state: SolverState) -> tuple[Array, SolverState]:
+        del state
+        fairness = jnp.asarray(alpha, jnp.float32)
+        largest = jnp.max(jnp.where(stats.present, stats.norms, 0))
+        norms = jnp.where(usable(stats), relative_norms(stats), 1)
+        factors = norms ** ((1 - fairness) / fairness)
+        point, residual = power_equation(unit_gramian(stats), factors, fairness)
+        scale = jnp.where(largest > 0, largest, 1) ** (-2 * fairness / (1 + fairness))
+        scale = jnp.minimum(scale, _LARGEST_SCALE)
+        weights = of_gradients(point, stats, 0) * scale
+        fair = usable(stats) & (num_tasks > 1)  # a single task has nothing to share
+        weights = jnp.where(fair, weights, 1 / num_tasks)
+        return weights, SolverState(residual)
+
+    return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

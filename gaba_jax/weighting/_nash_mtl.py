@@ -1,0 +1,45 @@
+"""Nash-MTL: the Nash bargaining solution."""
+
+from gaba_jax.weighting._base import Weighting
+from gaba_jax.weighting._fairgrad import fairgrad
+
+
+def nash_mtl(num_tasks: int) -> Weighting:
+    r"""Nash-MTL (Navon et al., "Multi-task learning as a bargaining game", ICML 2022).
+
+    The direction d of bounded length that maximises :math:`\sum_i \log \langle g_i, d \rangle` is
+    :math:`d = \sum_i w_i g_i` with
+
+    .. math:: (G w)_i = 1 / w_i, \qquad G_{ij} = \langle g_i, g_j \rangle, \quad w > 0
+
+    which is :func:`fairgrad` with alpha = 1, and is solved as that, to the optimum at every update
+    (the published code takes a few steps of a sequence of convex programs, and can solve only every
+    so many updates). The direction does not change when a gradient is scaled, and its norm is
+    always :math:`\sqrt K`: the published code bounds it by 1 instead, which leaves the same
+    direction.
+
+    When not to use it: a step of constant norm does not shrink towards an optimum, so it needs a
+    decaying learning rate; where no direction improves all tasks there is no solution, as in
+    :func:`fairgrad`.
+
+    Args:
+      num_tasks: number of tasks K.
+
+    Returns:
+      A :class:`Weighting` with a :class:`SolverState`; its residual is the largest relative error
+      of an equation. The weights are positive; their sum is not 1 but goes with
+      :math:`1 / \|g\|`. A task of norm zero gets 1/K.
+
+    Raises:
+      ValueError: ``num_tasks`` < 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gaba_jax import balance, weighting
+      >>> tx = balance(weighting.nash_mtl(2))
+      >>> grads = {"shared": jnp.array([[500.0, 0.0], [0.0, 1.0]])}
+      >>> updates, _ = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
+      >>> updates["shared"].round(3)
+      Array([1., 1.], dtype=float32)
+    """
+    return fairgrad(num_tasks, alpha=1.0)
