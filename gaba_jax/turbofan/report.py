@@ -45,9 +45,10 @@ def write_pictures(results: Sequence[Result], out: Path) -> None:
 
 def results_csv(results: Sequence[Result]) -> str:
     """One line a run."""
-    columns = ["subset", "loss", "method", "label", "seed", "diverged", *METRICS, "validation_rmse"]
+    columns = ["subset", "loss", "method", "seed", "diverged", *METRICS]
     columns += [f"weight_{task}" for task in TASKS]
     columns += ["gradient_ratio", "contribution_ratio", "updates", "step_seconds"]
+    columns += ["validation_rmse", "label"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -249,18 +250,19 @@ def pareto(results: Sequence[Result]) -> Figure:
         if scores:
             values = _array([[score["rmse"], score["nasa_score"]] for score in scores])
             means[label], spreads[label] = values.mean(axis=0), values.std(axis=0)
-    limit = 2 * np.nanmedian(_array(list(means.values()) or [[np.nan] * 2]), axis=0)
+    limit = 2 * np.nanmedian(_array(list(means.values()) or [[np.inf] * 2]), axis=0)
     figure = Figure(figsize=(8, max(4.2, 1 + 0.2 * len(means))), layout="constrained")
     axes = figure.subplots()
     points = []
     for i, (label, (x, y)) in enumerate(means.items()):
         color, marker = COLORS[i % len(COLORS)], "osD^v"[i // len(COLORS) % 5]
         inside = x <= limit[0] and y <= limit[1]
-        (dx, dy), label = spreads[label], label if inside else f"{label} (far outside)"
-        shown = (x, y, dy, dx) if inside else (np.nan,) * 4
-        axes.errorbar(*shown, label=label, linewidth=1, color=color, marker=marker)
+        dx, dy = spreads[label]
         if inside:
             points.append((x, y))
+        else:
+            x, label = np.nan, f"{label} (far outside)"
+        axes.errorbar(x, y, dy, dx, label=label, linewidth=1, color=color, marker=marker)
     front = [p for p in points if not any(q[0] < p[0] and q[1] < p[1] for q in points)]
     axes.plot(*np.array(sorted(front)).reshape(-1, 2).T, color="0.6", linewidth=1, zorder=0)
     axes.set(xlabel="test RMSE (cycles)", ylabel="NASA score", title=results[0]["subset"])

@@ -118,6 +118,20 @@ class TestRuns:
         assert "runs that diverged: uniform + amnl" in text
         report.write(results, tmp_path)
 
+    def test_an_infinite_score_is_left_out_of_means_and_picture(self, finished):
+        """A NASA score beyond float64 is null in a run's file, and the run did not diverge."""
+        runs = [dict(r) for r in finished[2] if r["subset"] == "FD001"]
+        label = runs[0]["label"]
+        for run in runs:
+            if run["label"] == label:
+                run["test"] = run["test"] | {"nasa_score": None, "rmse": 1e4}
+        means = {name: row for _, name, row in report.means(runs)}
+        assert np.isnan(means[label]["nasa_score"])
+        assert means[label]["rmse"] == 1e4
+        assert f"| {label} | 10000.0" in report.report(runs)
+        _, names = report.pareto(runs).axes[0].get_legend_handles_labels()
+        assert f"{label} (far outside)" in names
+
 
 class TestReport:
     def test_files(self, finished, tmp_path):
