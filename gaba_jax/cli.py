@@ -1,9 +1,15 @@
 """The command ``gaba-jax``: simulate engines, train on them or on C-MAPSS, compare weightings."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
+import signal
+import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -23,6 +29,7 @@ import numpy as np
 
 from gaba_jax import plot
 from gaba_jax.turbofan import compare, plots, report, simulator
+from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped
 from gaba_jax.turbofan.data import TurbofanData
 from gaba_jax.turbofan.train import (
     TASKS,
@@ -69,6 +76,10 @@ class Train:
     """folder for metrics.jsonl, summary.json, pictures and parameters; None writes nothing"""
     overwrite: bool = False
     """replace an earlier run in --out"""
+    checkpoint_every: int | None = None
+    """updates from one checkpoint in --out to the next; None keeps none"""
+    resume: bool = False
+    """go on from the last checkpoint in --out, or begin where there is none"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +117,7 @@ Command = Annotated[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (130 after Ctrl-C)."""
+    """Runs one command; returns the exit status (130 after Ctrl-C, 143 after SIGTERM)."""
     command = tyro.cli(
         cast(Any, Command),
         prog="gaba-jax",
@@ -118,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(command, Simulate):
             _simulate(command, console)
         elif isinstance(command, Train):
-            _train(command, console)
+            return _train(command, console)
         else:
             _compare(command, console)
     except KeyboardInterrupt:
@@ -147,27 +158,31 @@ def _simulate(command: Simulate, console: Console) -> None:
     )
 
 
-def _train(command: Train, console: Console) -> None:
+def _train(command: Train, console: Console) -> int:
     config, out = command.config, command.out
     make_weighting(config)  # a wrong option shows before the data is read
-    if out is not None and (out / "metrics.jsonl").exists() and not command.overwrite:
-        raise FileExistsError(
-            f"{out} holds an earlier run. Name another --out, or pass --overwrite."
-        )
+    noted: list[int] = []
+    checkpoints = _checkpoints(command, noted, console)
+    going_on = _check_out(command)
     data = load_data(config)
-    if out is not None:
+    if out is not None and not going_on:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").unlink(
-            missing_ok=True
-        )  # an interrupted run must not keep an old one
+        # An interrupted run must not keep what belongs to an old one.
+        (out / "summary.json").unlink(missing_ok=True)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        if checkpoints is not None:
+            checkpoints.directory.mkdir()
         (out / "metrics.jsonl").write_text("")
-    with Progress(
-        TextColumn("epoch {task.completed}/{task.total}"),
-        BarColumn(bar_width=10),
-        TimeRemainingColumn(),
-        TextColumn("loss x weight: {task.fields[status]}"),
-        console=console,
-    ) as progress:
+    with (
+        contextlib.nullcontext() if checkpoints is None else _noting_signals(noted),
+        Progress(
+            TextColumn("epoch {task.completed}/{task.total}"),
+            BarColumn(bar_width=10),
+            TimeRemainingColumn(),
+            TextColumn("loss x weight: {task.fields[status]}"),
+            console=console,
+        ) as progress,
+    ):
         bar = progress.add_task("train", total=config.epochs, status="compiling")
 
         def on_epoch(record: EpochRecord) -> None:
@@ -181,14 +196,99 @@ def _train(command: Train, console: Console) -> None:
                 ),
             )
             if out is not None:
-                with (out / "metrics.jsonl").open("a") as file:
+                # A resumed run begins with the epochs that were finished before.
+                with (out / "metrics.jsonl").open("w" if record.epoch == 1 else "a") as file:
                     line = {"epoch": record.epoch, **compare.finite(scalars)}
                     file.write(json.dumps(line, allow_nan=False) + "\n")
 
-        run = train(data, config, on_epoch)
+        try:
+            run, said = train(data, config, on_epoch, checkpoints), "stopped after the last update"
+        except Stopped as stopped:
+            run, said = None, str(stopped)
+    if run is None or noted:
+        print(
+            f"gaba-jax: {said}, saved in {out}. To go on, pass the same and --resume.",
+            file=sys.stderr,
+        )
+        return 128 + noted[0]
     if out is not None:
         _write(run, data, out)
     _report(run, config, out, console)
+    return 0
+
+
+def _checkpoints(command: Train, noted: Sequence[int], console: Console) -> Checkpoints | None:
+    if command.checkpoint_every is None:
+        if command.resume:
+            raise ValueError(
+                "--resume goes on from checkpoints: pass --checkpoint-every, whose number may be "
+                "another than before."
+            )
+        return None
+    if command.out is None:
+        raise ValueError(
+            f"--checkpoint-every {command.checkpoint_every} needs a folder: pass --out."
+        )
+    return Checkpoints(
+        command.out / "checkpoints",
+        command.checkpoint_every,
+        resume=command.resume,
+        stop=lambda: bool(noted),
+        on_resume=lambda step: console.print(f"Going on after update {step}"),
+    )
+
+
+def _check_out(command: Train) -> bool:
+    """Whether --out holds a run to go on with; raises if it holds one that must be kept."""
+    out = command.out
+    if out is None:
+        return False
+    if command.resume and command.overwrite:
+        raise ValueError("--resume goes on with a run that --overwrite removes: pass one of them.")
+    with_checkpoints = (out / "checkpoints").exists()
+    if command.resume and with_checkpoints:
+        return True
+    if not command.overwrite and (with_checkpoints or (out / "metrics.jsonl").exists()):
+        other = ", --resume to go on with it" if with_checkpoints else ""
+        raise FileExistsError(
+            f"{out} holds an earlier run. Name another --out{other}, or pass --overwrite."
+        )
+    return False
+
+
+@contextlib.contextmanager
+def _noting_signals(noted: list[int]) -> Generator[None]:
+    """Collects SIGINT and SIGTERM; a second one ends the process.
+
+    A handler in Python would wait for the updates that are being computed; what is written to the
+    wake-up socket is read at once.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while received := reader.recv(1):
+            if noted:
+                os._exit(128 + received[0])
+            noted.extend(received)
+            name = signal.Signals(received[0]).name
+            print(f"gaba-jax: {name}: stopping at the next checkpoint", file=sys.stderr)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    wakeup = signal.set_wakeup_fd(writer.fileno())
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        writer.close()
+        watcher.join()
+        reader.close()
 
 
 def _compare(command: Compare, console: Console) -> None:

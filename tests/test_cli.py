@@ -79,6 +79,19 @@ def test_an_earlier_run_is_not_replaced_unasked(finished, capsys):
     assert (finished / "summary.json").read_bytes() == before
 
 
+def test_checkpoints_are_not_replaced_unasked_and_overwrite_removes_them(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--out", out, "--checkpoint-every", 100) == 0
+    (kept,) = (path.name for path in (out / "checkpoints").iterdir())
+    assert run("train", *SMALL, "--out", out, "--checkpoint-every", 100) == 1
+    assert "--resume to go on with it, or pass --overwrite" in capsys.readouterr().err
+    assert (out / "checkpoints" / kept).is_dir()
+    assert run("train", *SMALL, "--out", out, "--overwrite") == 0
+    assert not (out / "checkpoints").exists()
+    assert run("train", *SMALL, "--out", out, "--checkpoint-every", 100, "--resume") == 1
+    assert "holds an earlier run. Name another --out, or" in capsys.readouterr().err
+
+
 def test_an_infinite_score_is_null_and_loses_nothing(tmp_path):
     config = TrainConfig(epochs=1, stride=10)
     data = load_data(config)
@@ -131,6 +144,13 @@ def test_simulate_then_train_on_it(tmp_path, capsys):
         (["train", "--shared", "trunk"], "'trunk' matches no parameter"),
         (["train", "--learning-rate", "1e30", *SMALL], "no longer finite in epoch 1"),
         (["simulate", "somewhere", "--conditions", "3"], "conditions"),
+        (["train", "--checkpoint-every", "5"], "--checkpoint-every 5 needs a folder: pass --out"),
+        (["train", "--out", "o", "--checkpoint-every", "0"], "checkpoint_every=0 must be at least"),
+        (["train", "--out", "o", "--resume"], "--resume goes on from checkpoints: pass"),
+        (
+            ["train", "--out", "o", "--checkpoint-every", "5", "--resume", "--overwrite"],
+            "pass one of them",
+        ),
     ],
 )
 def test_a_wrong_value_says_what_is_allowed(arguments, message, capsys, tmp_path, monkeypatch):

@@ -11,6 +11,10 @@ modules are imported by name:
 * :mod:`gaba_jax.turbofan.simulator`: a fleet of run-to-failure engines in the same format.
 * :mod:`gaba_jax.turbofan.losses`: the two losses, for a training step in JAX.
 * :mod:`gaba_jax.turbofan.metrics`: the measures that the field reports, in numpy.
+* :mod:`gaba_jax.turbofan.train`: a run, and several seeds of one side by side.
+* :mod:`gaba_jax.turbofan.checkpoints`: runs that are saved and go on bitwise.
+* :mod:`gaba_jax.turbofan.compare`, :mod:`gaba_jax.turbofan.report`: many methods, and what they
+  show.
 
 Examples:
     >>> from gaba_jax.turbofan import data, simulator
