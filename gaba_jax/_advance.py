@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gaba_jax._selection import Selection
 from gaba_jax._stats import TaskStats, combine_norms
 from gaba_jax.weighting._base import Weighting, share_out
+from gaba_jax.weighting._gramian import SolverState
 
 
 class BalanceState(NamedTuple):
@@ -146,8 +147,9 @@ def advance(
             f"the weighting's update must return weights of shape ({weighting.num_tasks},), one "
             f"per task; it returned shape {weights.shape}."
         )
-    if not jax.tree.leaves(state.weighting_state):
-        # A rule without state has no memory of an absent task: what it had last is kept for it.
+    answer = weights
+    if not jax.tree.leaves(state.weighting_state) or isinstance(state.weighting_state, SolverState):
+        # A rule without memory of an absent task: what it had last is kept for it.
         weights = _keep_absent(weights, state.next_task_weights, present)
     new = BalanceState(
         task_weights=state.task_weights,
@@ -169,8 +171,9 @@ def advance(
         ),
     )
     advanced = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
-    applied = state if lagged else advanced
-    return advanced._replace(task_weights=restrict(applied.next_task_weights, usable))
+    # The rule's own answer for those present, whatever is kept for the others.
+    applied = jnp.where(accepted & (not lagged), answer, state.next_task_weights)
+    return advanced._replace(task_weights=restrict(applied, usable))
 
 
 def is_due(state: BalanceState, every: int) -> Bool[Array, ""]:
@@ -200,8 +203,12 @@ def _keep_absent(
 def restrict(
     weights: Float[Array, " tasks"], usable: Bool[Array, " tasks"]
 ) -> Float[Array, " tasks"]:
-    """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none."""
-    rest = share_out(weights, usable, jnp.sum(weights))
+    """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none.
+
+    Weights whose sum is not positive, from rules where they can be negative, are left as they are.
+    """
+    total = jnp.sum(weights)
+    rest = jnp.where(total > 0, share_out(weights, usable, total), jnp.where(usable, weights, 0))
     return jnp.where(jnp.all(usable), weights, rest)
 
 

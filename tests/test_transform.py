@@ -287,6 +287,37 @@ class TestMask:
         _, state = tx.update({"w": THREE["w"].at[0].set(jnp.nan)}, state)
         np.testing.assert_allclose(state.task_weights[2], 0.15, rtol=1e-6)
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "nash_mtl",
+            "upgrad",
+            "dual_projection",
+            "cagrad",
+            "aligned_mtl",
+            "config",
+            "imtl_g",
+            "fairgrad",
+            "scale_invariant",
+            "geometric_mean",
+        ],
+    )
+    def test_an_absent_task_leaves_nothing_to_the_others_of_a_free_sum(self, name):
+        """However large its last weight was: as if the two were alone."""
+        grads = jnp.array([[300.0, 400.0, 0.0], [20.0, -10.0, 30.0], [0.0, 1e-3, 1e-3]])
+        losses, mask = jnp.array([1.0, 2.0, 1e-3]), jnp.array([True, True, False])
+        three, two = (balance(getattr(weighting, name)(k)) for k in (3, 2))
+        state, params = three.init(jnp.zeros(3)), jnp.zeros(3)
+        _, state = three.update(grads, state, params, task_losses=losses)
+        _, state = three.update(grads, state, params, task_losses=losses, task_mask=mask)
+        _, expected = two.update(grads[:2], two.init(params), params, task_losses=losses[:2])
+        np.testing.assert_allclose(state.task_weights, [*expected.task_weights, 0], rtol=1e-5)
+
+    def test_negative_weights_of_the_present_are_left_as_they_are(self):
+        tx = balance(weighting.constant(3, [1.0, -2.0, 0.5]))
+        _, state = tx.update(THREE, tx.init(W), task_mask=jnp.array([True, True, False]))
+        np.testing.assert_array_equal(state.task_weights, [1, -2, 0])
+
     def test_a_task_absent_from_the_start_keeps_its_equal_share(self):
         tx = gaba(3, warmup_steps=0, min_weight=0.0, debias=True)
         mask = jnp.array([True, True, False])

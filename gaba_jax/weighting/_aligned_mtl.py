@@ -11,10 +11,12 @@ from gaba_jax._stats import TaskStats
 from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
 from gaba_jax.weighting._gramian import (
     NEEDS,
+    among_present,
     relative_norms,
     shares,
     unit_gramian,
     usable,
+    with_absent,
 )
 from gaba_jax.weighting._solvers import eigen, significant
 
@@ -75,7 +77,8 @@ def aligned_mtl(
         else:
             squared = jnp.nanmedian(values) if scale == "median" else jnp.nanmean(values)
         factors = jnp.where(kept, jnp.sqrt(squared / jnp.where(kept, values, 1)), 0)
-        weights = vectors @ (factors * (jnp.where(counted, priorities, 0) @ vectors))
-        return jnp.where(counted, weights, priorities), state
+        present = among_present(priorities, stats)
+        weights = vectors @ (factors * (jnp.where(counted, present, 0) @ vectors))
+        return with_absent(jnp.where(counted, weights, present), stats), state
 
     return Weighting(num_tasks, NEEDS, optax.EmptyState, update, equal_weights(num_tasks))

@@ -11,12 +11,14 @@ from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, equal_w
 from gaba_jax.weighting._gramian import (
     NEEDS,
     SolverState,
+    among_present,
     no_residual,
     of_gradients,
     relative_norms,
     shares,
     unit_gramian,
     usable,
+    with_absent,
 )
 from gaba_jax.weighting._solvers import nonnegative_qp
 
@@ -77,17 +79,20 @@ def cagrad(
     def update(stats: TaskStats, state: SolverState) -> tuple[Array, SolverState]:
         del state
         gramian, counted = unit_gramian(stats), usable(stats)
-        sizes = priorities * relative_norms(stats)
+        present = among_present(priorities, stats)
+        sizes = present * relative_norms(stats)
         length = jnp.sqrt(jnp.maximum(sizes @ gramian @ sizes, 0))
         sizes = sizes / jnp.where(length > 0, length, 1)
         gains = jnp.where(counted, gramian @ sizes, 1)
         least = jnp.min(jnp.where(counted, stats.norms, jnp.inf))
         heights = jnp.where(counted, least / jnp.where(counted, stats.norms, 1), 0)
         added, distance = _farthest(gramian, gains, heights, jnp.asarray(c, jnp.float32))
-        weights = priorities + of_gradients(added * length, stats, 0)
+        weights = present + of_gradients(added * length, stats, 0)
         # Where the mean gradient vanishes, or there is one task, there is nothing to search for.
-        usual = jnp.where((length > _CLOSE) & (num_tasks > 1), weights, priorities)
-        return usual, SolverState(jnp.abs(distance - jnp.asarray(c, jnp.float32)))
+        usual = jnp.where((length > _CLOSE) & (num_tasks > 1), weights, present)
+        return with_absent(usual, stats), SolverState(
+            jnp.abs(distance - jnp.asarray(c, jnp.float32))
+        )
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))
 

@@ -13,6 +13,7 @@ from gaba_jax.weighting._gramian import (
     relative_norms,
     unit_gramian,
     usable,
+    with_absent,
 )
 from gaba_jax.weighting._solvers import minimum_norm_solution
 
@@ -65,6 +66,6 @@ def config(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
         exists = squared > _VANISHED
         length = relative_norms(stats) @ products / jnp.where(exists, squared, 1)
         weights = of_gradients(jnp.where(exists, solution * length, 0), stats, 0)
-        return jnp.where(jnp.any(counted), weights, 1 / num_tasks), state
+        return with_absent(jnp.where(jnp.any(counted), weights, 1 / num_tasks), stats), state
 
     return Weighting(num_tasks, NEEDS, optax.EmptyState, update, equal_weights(num_tasks))

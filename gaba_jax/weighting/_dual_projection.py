@@ -9,11 +9,13 @@ from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
 from gaba_jax.weighting._gramian import (
     NEEDS,
     SolverState,
+    among_present,
     no_residual,
     of_gradients,
     relative_norms,
     shares,
     unit_gramian,
+    with_absent,
 )
 from gaba_jax.weighting._solvers import nonnegative_qp
 
@@ -58,11 +60,12 @@ def dual_projection(num_tasks: int, *, task_priorities: ArrayLike | None = None)
     def update(stats: TaskStats, state: SolverState) -> tuple[Array, SolverState]:
         del state
         gramian = unit_gramian(stats)
-        sizes = priorities * relative_norms(stats)
+        present = among_present(priorities, stats)
+        sizes = present * relative_norms(stats)
         largest = jnp.max(sizes)
         sizes = sizes / jnp.where(largest > 0, largest, 1)
         added, residual = nonnegative_qp(gramian, -gramian @ sizes)
-        weights = of_gradients((sizes + added) * largest, stats, priorities)
-        return weights, SolverState(residual)
+        weights = of_gradients((sizes + added) * largest, stats, present)
+        return with_absent(weights, stats), SolverState(residual)
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

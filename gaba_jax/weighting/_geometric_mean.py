@@ -27,9 +27,9 @@ def geometric_mean(num_tasks: int) -> Weighting:
     together.
 
     When not to use it: for losses that can reach 0 or change sign. The nearer one comes to 0, the
-    more of the update is its own. Where tasks are absent from some batches, the others take over
-    the last weight of an absent one, however large: ``rescaled(geometric_mean(K), 1.0)`` bounds
-    that. Unequal gradients of equal losses are left unequal: see :func:`inverse_share`.
+    more of the update is its own. Between measurements (``every`` > 1) and under
+    ``measure="lagged"`` the others take over the last weight of an absent task, however large.
+    Unequal gradients of equal losses are left unequal: see :func:`inverse_share`.
 
     Args:
       num_tasks: number of tasks K.

@@ -36,6 +36,12 @@ def shares(task_priorities: ArrayLike | None, num_tasks: int) -> Float[Array, " 
     return given / jnp.sum(given)
 
 
+def among_present(shares: Float[Array, " tasks"], stats: TaskStats) -> Float[Array, " tasks"]:
+    """The shares of the present tasks, with sum 1; 0 for absent ones."""
+    held = jnp.where(stats.present, shares, 0)
+    return held / jnp.sum(held)
+
+
 def unit_gramian(stats: TaskStats) -> Float[Array, "tasks tasks"]:
     """The Gramian of the unit gradients, 1 on its diagonal; ValueError where there is none."""
     if stats.cosines is None:
@@ -64,3 +70,14 @@ def of_gradients(
     """
     norms = jnp.maximum(relative_norms(stats), _SMALLEST)
     return jnp.where(usable(stats), coefficients / norms, otherwise)
+
+
+def with_absent(weights: Float[Array, " tasks"], stats: TaskStats) -> Float[Array, " tasks"]:
+    """Gives absent tasks the mean weight, and the sum of all stays that of the present ones.
+
+    For rules whose sum is free: rescaled to it, the present tasks have what was solved for them.
+    """
+    present = stats.present
+    mean = jnp.sum(jnp.where(present, weights, 0)) / present.size
+    part = jnp.sum(present).astype(jnp.float32) / present.size
+    return jnp.where(present, weights * part, mean)

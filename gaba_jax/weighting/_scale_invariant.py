@@ -25,9 +25,9 @@ def scale_invariant(num_tasks: int) -> Weighting:
 
     When not to use it: as the losses fall the updates grow (unless the optimizer normalises, as
     Adam does; or take ``rescaled(scale_invariant(K), 1.0)``), and a loss near 0 takes the whole
-    update. With noisy minibatches a loss that is small by chance has a large weight. Where tasks
-    are absent from some batches, the others take over the last weight of an absent one, however
-    large: ``rescaled`` bounds that too. Unequal gradients of equal losses are left unequal: see
+    update. With noisy minibatches a loss that is small by chance has a large weight. Between
+    measurements (``every`` > 1) and under ``measure="lagged"`` the others take over the last weight
+    of an absent task, however large. Unequal gradients of equal losses are left unequal: see
     :func:`inverse_share`.
 
     Args:

@@ -10,11 +10,13 @@ from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
 from gaba_jax.weighting._gramian import (
     NEEDS,
     SolverState,
+    among_present,
     no_residual,
     of_gradients,
     relative_norms,
     shares,
     unit_gramian,
+    with_absent,
 )
 from gaba_jax.weighting._solvers import nonnegative_qp
 
@@ -64,8 +66,9 @@ def upgrad(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
         del state
         gramian = unit_gramian(stats)
         added, residuals = jax.vmap(nonnegative_qp, (None, 0))(gramian, -gramian)
-        sizes = priorities * relative_norms(stats)
-        weights = of_gradients(sizes + sizes @ added, stats, priorities)
-        return weights, SolverState(jnp.max(residuals))
+        present = among_present(priorities, stats)
+        sizes = present * relative_norms(stats)
+        weights = of_gradients(sizes + sizes @ added, stats, present)
+        return with_absent(weights, stats), SolverState(jnp.max(residuals))
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

@@ -291,7 +291,7 @@ def test_an_absent_task_is_as_if_it_were_not_there(name):
     others = [0, 2]
     weights, _ = solve(name, jacobian, present=[True, False, True])
     expected, _ = solve(name, jacobian[others])
-    ratio = weights[others] / expected  # priorities are shares of three, not of two
+    ratio = weights[others] / expected  # those present, and the absent one, share their sum
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
     assert np.isfinite(weights[1])
 
