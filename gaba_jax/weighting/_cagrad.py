@@ -59,12 +59,12 @@ def cagrad(
       ValueError: ``c`` outside [0, 1), or ``task_priorities`` is not a positive [K].
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np
       >>> from gaba_jax import balance, weighting
       >>> tx = balance(weighting.cagrad(2, c=0.5))
       >>> grads = {"shared": jnp.array([[4.0, 0.0], [0.0, 2.0]])}
       >>> updates, state = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
-      >>> print(updates["shared"].round(3), state.task_weights.round(3))
+      >>> print(np.asarray(updates["shared"]).round(3), np.asarray(state.task_weights).round(3))
       [2.    2.118] [0.5   1.059]
     """
     check_num_tasks(num_tasks)

@@ -46,13 +46,13 @@ def config(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
       ValueError: ``task_priorities`` is not a positive [K].
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np
       >>> from gaba_jax import balance, weighting
       >>> tx = balance(weighting.config(2))
       >>> grads = {"shared": jnp.array([[4.0, 0.0], [0.0, 1.0]])}
       >>> updates, _ = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
-      >>> updates["shared"].round(3)
-      Array([2.5, 2.5], dtype=float32)
+      >>> print(np.asarray(updates["shared"]).round(3))
+      [2.5 2.5]
     """
     check_num_tasks(num_tasks)
     given = task_vector("task_priorities", task_priorities, num_tasks)

@@ -46,13 +46,13 @@ def dual_projection(num_tasks: int, *, task_priorities: ArrayLike | None = None)
       ValueError: ``task_priorities`` is not a positive [K].
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np
       >>> from gaba_jax import balance, weighting
       >>> tx = balance(weighting.dual_projection(2))
       >>> grads = {"shared": jnp.array([[100.0, 0.0], [-1.0, 1.0]])}
       >>> updates, _ = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
-      >>> updates["shared"]  # the mean (49.5, 0.5), turned until it no longer opposes the second
-      Array([25., 25.], dtype=float32)
+      >>> print(np.asarray(updates["shared"]).round(3))  # the mean (49.5, 0.5), turned
+      [25. 25.]
     """
     check_num_tasks(num_tasks)
     priorities = shares(task_priorities, num_tasks)

@@ -50,12 +50,12 @@ def fairgrad(num_tasks: int, *, alpha: Number = 2.0) -> Weighting:
       ValueError: ``alpha`` is not positive and finite.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np
       >>> from gaba_jax import balance, weighting
       >>> tx = balance(weighting.fairgrad(2, alpha=1.0))
       >>> grads = {"shared": jnp.array([[4.0, 0.0], [0.0, 0.5]])}
       >>> _, state = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
-      >>> print(state.task_weights.round(3))
+      >>> print(np.asarray(state.task_weights).round(3))
       [0.25 2.  ]
     """
     check_num_tasks(num_tasks)

@@ -95,7 +95,7 @@ def famo(
         finite; ``minimum_losses`` not a finite [K].
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, numpy as np
       >>> from gaba_jax import weighting
       >>> rule = weighting.famo(2)
       >>> def step(state, losses):
@@ -105,7 +105,7 @@ def famo(
       ...     return state, weights
       >>> losses = jnp.array([[4.0, 1.0], [4.0, 0.5]])  # the first one did not fall
       >>> state, weights = jax.lax.scan(step, rule.init(), losses)
-      >>> print(weights[0], state.logits.round(3))
+      >>> print(np.asarray(weights[0]).round(3), np.asarray(state.logits).round(3))
       [0.2 0.8] [ 0.025 -0.025]
     """
     check_num_tasks(num_tasks, least=2)

@@ -33,12 +33,12 @@ def mgda(num_tasks: int) -> Weighting:
       ValueError: ``num_tasks`` < 1.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np
       >>> from gaba_jax import balance, weighting
       >>> tx = balance(weighting.mgda(2))
       >>> grads = {"shared": jnp.array([[3.0, 0.0], [0.0, 4.0]])}
       >>> updates, state = tx.update(grads, tx.init({"shared": jnp.zeros(2)}))
-      >>> print(state.task_weights.round(2), updates["shared"].round(2))
+      >>> print(np.asarray(state.task_weights).round(2), np.asarray(updates["shared"]).round(2))
       [0.64 0.36] [1.92 1.44]
     """
     check_num_tasks(num_tasks)
