@@ -57,7 +57,7 @@ def weighted_sum(weights, stacked):
     return jax.tree.map(lambda g: jnp.tensordot(jnp.asarray(weights, g.dtype), g, 1), stacked)
 
 
-def close(actual, expected, rtol=1e-5):
+def assert_close(actual, expected, rtol=1e-5):
     """Equal to ``rtol`` of the largest element of each leaf, or to rounding of the whole tree's."""
     largest = [float(jnp.abs(e).max(initial=0)) for e in jax.tree.leaves(expected)]
     for a, e, size in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), largest, strict=True):
@@ -152,7 +152,7 @@ def test_stacked_exact_and_lagged_agree(schedule, static):
             states = states._replace(task_weights=other.task_weights)
         else:
             finite = np.isfinite(np.where(schedule["present"], schedule["scales"], 0)).all(axis=1)
-            close(at(other_grads, finite), at(grads, finite))
+            assert_close(at(other_grads, finite), at(grads, finite))
         chex.assert_trees_all_close(other, states, rtol=2e-5, atol=1e-7)
 
 
@@ -221,7 +221,7 @@ class TestLagged:
             summed = weighted_sum(expected, stacked)
             if selection:
                 summed |= {f"head_{i}": stacked[f"head_{i}"][i] for i in range(K)}
-            close(grads, summed)
+            assert_close(grads, summed)
             expected = state.next_task_weights
         assert expected[0] < 0.01
 
@@ -239,7 +239,7 @@ class TestLagged:
         expected, _ = tx.update(stacked_grads(PARAMS, X, Y, scales)[1], tx.init(PARAMS), PARAMS)
         np.testing.assert_allclose(state.task_weights, [0.5, 0, 0.5])
         assert state.nonfinite_count == 1
-        close(grads, expected)
+        assert_close(grads, expected)
 
     def test_an_absent_task_is_never_read(self):
         balanced = balanced_value_and_grad(losses_fn, GABA, measure="lagged")
@@ -250,7 +250,7 @@ class TestLagged:
             PARAMS, start, X, Y, SCALES.at[1].set(jnp.nan), task_mask=mask
         )
         assert jnp.isnan(losses[1])
-        close((grads, state), (expected[0][1], expected[1]))
+        assert_close((grads, state), (expected[0][1], expected[1]))
 
 
 class TestEncoder:
@@ -267,15 +267,15 @@ class TestEncoder:
         np.testing.assert_allclose(state.task_weights, (1 / norms) / (1 / norms).sum(), rtol=1e-5)
         expected, stacked = stacked_grads(PARAMS, *BATCH)
         np.testing.assert_allclose(losses, expected, rtol=1e-6)
-        close(grads, weighted_sum(state.task_weights, stacked))
+        assert_close(grads, weighted_sum(state.task_weights, stacked))
 
     def test_plain_heads(self):
         balanced = balanced_value_and_grad(heads_fn, GABA, encoder=encoder, **HEADS)
         (_, grads), state = balanced.value_and_grad(PARAMS, balanced.init(PARAMS), *BATCH)
         stacked = stacked_grads(PARAMS, *BATCH)[1]
-        close(grads["head_1"], stacked["head_1"][1])
+        assert_close(grads["head_1"], stacked["head_1"][1])
         kernel = jnp.tensordot(state.task_weights, stacked["trunk"]["kernel"], 1)
-        close(grads["trunk"]["kernel"], kernel)
+        assert_close(grads["trunk"]["kernel"], kernel)
 
     def test_features_of_integers(self):
         balanced = balanced_value_and_grad(
@@ -304,7 +304,7 @@ class TestMicrobatches:
             for _ in range(2):
                 out, state = step(PARAMS, state, X, Y)
             results.append((out, state))
-        close(*results)
+        assert_close(*results)
 
     def test_memory_is_that_of_a_part(self):
         params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
@@ -443,11 +443,11 @@ class TestModels:
                 params, balanced.init(params), *batch
             )
             chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
-            close(out, values, rtol)
-            close(new.task_norms, state.task_norms, rtol)
-            close(new.next_task_weights, state.next_task_weights, rtol)
+            assert_close(out, values, rtol)
+            assert_close(new.task_norms, state.task_norms, rtol)
+            assert_close(new.next_task_weights, state.next_task_weights, rtol)
             if "measure" not in option:
-                close(grads, expected, rtol)
+                assert_close(grads, expected, rtol)
         return out
 
     def test_dropout_and_batch_norm(self):
@@ -562,7 +562,7 @@ def test_whatever_the_weighting_needs(needs, measure):
     if measure == "lagged":
         expected = expected._replace(task_weights=jnp.full(K, 1 / K))
     chex.assert_trees_all_close(state, expected, rtol=1e-5, atol=1e-6)
-    close(grads, weighted_sum(state.task_weights, stacked))
+    assert_close(grads, weighted_sum(state.task_weights, stacked))
 
 
 def test_vmap_over_seeds_and_donation():
@@ -581,7 +581,7 @@ def test_vmap_over_seeds_and_donation():
     one = balanced.init(PARAMS)
     for _ in range(3):
         (_, expected), one = balanced.value_and_grad(PARAMS, one, *BATCH)
-    close(at((grads, state), 0), (expected, one))
+    assert_close(at((grads, state), 0), (expected, one))
     assert step._cache_size() == 1
 
 

@@ -83,6 +83,22 @@ def number(argument: str, value: Any) -> float | None:
     return None if isinstance(value, Tracer) else float(value)
 
 
+def check_positive(argument: str, value: Any) -> float | None:
+    """The concrete number, None where traced; ValueError unless it is finite and > 0."""
+    concrete = number(argument, value)
+    if concrete is not None and not 0 < concrete < float("inf"):
+        raise ValueError(f"{argument}={value} must be positive and finite.")
+    return concrete
+
+
+def check_not_negative(argument: str, value: Any) -> float | None:
+    """Likewise, for numbers >= 0."""
+    concrete = number(argument, value)
+    if concrete is not None and not 0 <= concrete < float("inf"):
+        raise ValueError(f"{argument}={value} must be finite and at least 0.")
+    return concrete
+
+
 def check_weighting(weighting: Any) -> None:
     """Raises ValueError unless ``weighting`` is a Weighting with known needs."""
     if not isinstance(weighting, Weighting):

@@ -6,11 +6,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights, task_vector
+from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
 from gaba_jax.weighting._gramian import (
     NEEDS,
     of_gradients,
     relative_norms,
+    shares,
     unit_gramian,
     usable,
     with_absent,
@@ -55,8 +56,7 @@ def config(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
       [2.5 2.5]
     """
     check_num_tasks(num_tasks)
-    given = task_vector("task_priorities", task_priorities, num_tasks)
-    wanted = jnp.ones([num_tasks], jnp.float32) if given is None else given / jnp.max(given)
+    wanted = num_tasks * shares(task_priorities, num_tasks)
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
         counted, gramian = usable(stats), unit_gramian(stats)

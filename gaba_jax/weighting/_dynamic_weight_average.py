@@ -8,9 +8,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, number, task_losses
-
-_LARGEST = 1e18  # larger ratios are taken as this one
+from gaba_jax.weighting._base import (
+    LARGEST,
+    Number,
+    Weighting,
+    check_num_tasks,
+    check_positive,
+    number,
+    task_losses,
+)
 
 
 class DynamicWeightAverageState(NamedTuple):
@@ -75,9 +81,8 @@ def dynamic_weight_average(
        [1.12 0.88]]
     """
     check_num_tasks(num_tasks)
-    heat, length = number("temperature", temperature), number("window", window)
-    if heat is not None and not 0 < heat < float("inf"):
-        raise ValueError(f"{temperature=} must be positive and finite.")
+    check_positive("temperature", temperature)
+    length = number("window", window)
     if length is not None and not (length >= 1 and length.is_integer()):
         raise ValueError(f"{window=} must be at least 1, and whole.")
 
@@ -105,7 +110,7 @@ def dynamic_weight_average(
         )
         means = jnp.where(counts > 0, filling.window_means, state.last_means)
         known = (counts > 0) & (state.last_means > 0)
-        ratios = jnp.clip(means / jnp.where(known, state.last_means, 1), 0, _LARGEST)
+        ratios = jnp.clip(means / jnp.where(known, state.last_means, 1), 0, LARGEST)
         full = init()._replace(
             last_means=means, loss_ratios=jnp.where(known, ratios, state.loss_ratios)
         )

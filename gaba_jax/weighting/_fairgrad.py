@@ -4,7 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, equal_weights, number
+from gaba_jax.weighting._base import (
+    Number,
+    Weighting,
+    check_num_tasks,
+    check_positive,
+    equal_weights,
+)
 from gaba_jax.weighting._gramian import (
     NEEDS,
     SolverState,
@@ -59,9 +65,7 @@ def fairgrad(num_tasks: int, *, alpha: Number = 2.0) -> Weighting:
       [0.25 2.  ]
     """
     check_num_tasks(num_tasks)
-    concrete = number("alpha", alpha)
-    if concrete is not None and not 0 < concrete < float("inf"):
-        raise ValueError(f"{alpha=} must be positive and finite.")
+    check_positive("alpha", alpha)
 
     def update(stats: TaskStats, state: SolverState) -> tuple[Array, SolverState]:
         del state

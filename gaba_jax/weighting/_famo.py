@@ -12,11 +12,11 @@ from gaba_jax._stats import TaskStats
 from gaba_jax.weighting._base import (
     Number,
     Weighting,
+    check_not_negative,
     check_num_tasks,
     check_optimizer,
     descend,
     equal_weights,
-    number,
     over_present,
     share_out,
     task_losses,
@@ -110,9 +110,7 @@ def famo(
     """
     check_num_tasks(num_tasks, least=2)
     optimizer = check_optimizer(optax.adam(0.025) if weight_optimizer is None else weight_optimizer)
-    decay = number("gamma", gamma)
-    if decay is not None and not 0 <= decay < float("inf"):
-        raise ValueError(f"{gamma=} must be finite and at least 0.")
+    check_not_negative("gamma", gamma)
     given = task_vector("minimum_losses", minimum_losses, num_tasks, positive=False)
     lowest = jnp.zeros([num_tasks], jnp.float32) if given is None else given
 

@@ -13,10 +13,11 @@ from gaba_jax.weighting._base import (
     LARGEST,
     Number,
     Weighting,
+    check_not_negative,
     check_num_tasks,
     check_optimizer,
+    check_positive,
     descend,
-    number,
     share_out,
     task_losses,
     task_vector,
@@ -134,10 +135,10 @@ def gradnorm(
     factor = (1.0 if canonical else 0.1) if coefficient is None else coefficient
     least = (1e-3 if canonical else None) if isinstance(min_weight, EllipsisType) else min_weight
     sum_ = float(num_tasks) if total is None and canonical else total
-    _check_not_negative("alpha", alpha)
-    _check_positive("coefficient", factor)
-    lowest = None if least is None else _check_not_negative("min_weight", least)
-    highest = None if sum_ is None else _check_positive("total", sum_)
+    check_not_negative("alpha", alpha)
+    check_positive("coefficient", factor)
+    lowest = None if least is None else check_not_negative("min_weight", least)
+    highest = None if sum_ is None else check_positive("total", sum_)
     if lowest is not None and highest is not None and num_tasks * lowest > highest:
         raise ValueError(
             f"min_weight={least} is too large: {num_tasks} weights that sum to {sum_} cannot all "
@@ -224,7 +225,7 @@ def gradnorm_balance_point(
       >>> weighting.gradnorm_balance_point([5.0, 0.01], [10.0, 0.5], [20.0, 2.0]).round(6)
       Array([0.005625, 0.994375], dtype=float32)
     """
-    _check_not_negative("alpha", alpha)
+    check_not_negative("alpha", alpha)
     g, now, start = (jnp.asarray(x, jnp.float32) for x in (norms, losses, initial_losses))
     if g.ndim != 1 or not g.shape == now.shape == start.shape:
         raise ValueError(
@@ -243,19 +244,3 @@ def _mean(values: Float[Array, " tasks"], present: Bool[Array, " tasks"]) -> Flo
     """The mean over the present tasks."""
     count = jnp.maximum(jnp.sum(present), 1).astype(jnp.float32)
     return jnp.sum(jnp.where(present, values, 0)) / count
-
-
-def _check_not_negative(argument: str, value: Any) -> float | None:
-    """The concrete number, None where traced; ValueError unless it is finite and >= 0."""
-    concrete = number(argument, value)
-    if concrete is not None and not 0 <= concrete < float("inf"):
-        raise ValueError(f"{argument}={value} must be finite and at least 0.")
-    return concrete
-
-
-def _check_positive(argument: str, value: Any) -> float | None:
-    """Likewise, for numbers > 0."""
-    concrete = number(argument, value)
-    if concrete is not None and not 0 < concrete < float("inf"):
-        raise ValueError(f"{argument}={value} must be positive and finite.")
-    return concrete

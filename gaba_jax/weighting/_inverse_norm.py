@@ -9,9 +9,9 @@ from gaba_jax._stats import TaskStats
 from gaba_jax.weighting._base import (
     Number,
     Weighting,
+    check_not_negative,
     check_num_tasks,
     equal_weights,
-    number,
     over_present,
     task_vector,
 )
@@ -54,9 +54,7 @@ def inverse_norm(
       Array([0.0909, 0.9091], dtype=float32)
     """
     check_num_tasks(num_tasks)
-    exponent = number("power", power)
-    if exponent is not None and not 0 <= exponent < float("inf"):
-        raise ValueError(f"{power=} must be finite and at least 0.")
+    check_not_negative("power", power)
     priorities = task_vector("task_priorities", task_priorities, num_tasks)
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Number, Weighting, check_weighting, number
+from gaba_jax.weighting._base import Number, Weighting, check_positive, check_weighting
 
 
 def rescaled(weighting: Weighting, total: Number) -> Weighting:
@@ -35,9 +35,7 @@ def rescaled(weighting: Weighting, total: Number) -> Weighting:
       Array([1., 1.], dtype=float32)
     """
     check_weighting(weighting)
-    target = number("total", total)
-    if target is not None and not 0 < target < float("inf"):
-        raise ValueError(f"{total=} must be positive and finite.")
+    check_positive("total", total)
 
     def rescale(weights: ArrayLike) -> Float[Array, " tasks"]:
         weights = jnp.asarray(weights, jnp.float32)

@@ -10,8 +10,8 @@ from gaba_jax.weighting._base import (
     Number,
     Weighting,
     check_num_tasks,
+    check_positive,
     equal_weights,
-    number,
     over_present,
     share_out,
     task_losses,
@@ -72,9 +72,7 @@ def smooth_tchebycheff(
       [0.366 0.134]
     """
     check_num_tasks(num_tasks)
-    smoothing = number("mu", mu)
-    if smoothing is not None and not 0 < smoothing < float("inf"):
-        raise ValueError(f"{mu=} must be positive and finite.")
+    check_positive("mu", mu)
     given = task_vector("preferences", preferences, num_tasks)
     preferred = jnp.asarray(equal_weights(num_tasks)) if given is None else given
     given = task_vector("ideal", ideal, num_tasks, positive=False)

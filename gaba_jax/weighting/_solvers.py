@@ -2,10 +2,11 @@
 
 Every rule scales its problem so that the matrix is that of the cosines (diagonal 1): rows that
 differ by any factor then lose no digits, and no regularisation is needed that would let the small
-task be opposed. ``optax.nnls`` (projected
-gradient) needs thousands of steps where rows nearly oppose each other, and the interior points of
-``qpax`` factorise a matrix that float32 can no longer hold there; the active-set method below ends
-after about as many pivots as there are tasks, and copes with singular matrices.
+task be opposed. ``optax.nnls``, a projected gradient as ``optax.projections`` would make one, needs
+thousands of steps where rows nearly oppose each other; the interior points of ``qpax`` are as exact
+as what is here, but for such rows, where float32 cannot hold the matrix that they factorise: 2e-2
+from the solution with eight rows within 1e-2 of a line, 2e-4 here. The active-set method below
+ends after about as many pivots as there are tasks, and copes with singular matrices.
 
 Jitted here, or every call outside of jit would compile its loops anew.
 """
@@ -99,17 +100,12 @@ def nonnegative_qp(
         moved = jnp.where(moves & (index == blocking), 0, moved)
         moved = jnp.where(moves & dependent & (index == steepest), length, moved)
         at = jnp.where(forced, state.entering, jnp.where(moves, blocking, steepest))
-        done = optimal | unbounded
-        pivoted = pivot(state, at)
-        keep = lambda new, old: jnp.where(done, old, new)  # noqa: E731
-        return _Pivoting(
-            tableau=keep(pivoted.tableau, state.tableau),
-            values=keep(pivoted.values, state.values),
-            free=keep(pivoted.free, state.free),
+        # After the last iteration only the point is read.
+        return pivot(state, at)._replace(
             point=jnp.where(forced, state.point, moved),
             entering=jnp.where(moves & dependent, steepest, -1),
             steps=state.steps + 1,
-            done=done,
+            done=optimal | unbounded,
         )
 
     def unfinished(state: _Pivoting) -> Bool[Array, ""]:
