@@ -90,8 +90,8 @@ def advance(
     """One measuring update of the state.
 
     A measurement is rejected, and weights, averages and counters are held, when a norm or a needed
-    loss of a present task is not finite, when no leaf is shared, or when fewer than two tasks are
-    present.
+    loss of a present task is not finite, when no leaf is shared, or when fewer than
+    ``weighting.least_present`` tasks are present.
 
     Args:
       weighting: the rule.
@@ -125,7 +125,7 @@ def advance(
     finite = jnp.all(jnp.isfinite(norms))
     if losses is not None:
         finite &= jnp.all(jnp.isfinite(losses))
-    accepted = finite & measurable & (jnp.sum(present) >= 2)
+    accepted = finite & measurable & (jnp.sum(present) >= weighting.least_present)
 
     # Where the measurement is rejected the rule runs on harmless numbers and its answer is dropped.
     norms = jnp.where(accepted, norms, 0)
@@ -173,7 +173,7 @@ def advance(
     advanced = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
     # The rule's own answer for those present, whatever is kept for the others.
     applied = jnp.where(accepted & (not lagged), answer, state.next_task_weights)
-    return advanced._replace(task_weights=restrict(applied, usable))
+    return advanced._replace(task_weights=restrict(weighting, applied, usable))
 
 
 def is_due(state: BalanceState, every: int) -> Bool[Array, ""]:
@@ -181,10 +181,10 @@ def is_due(state: BalanceState, every: int) -> Bool[Array, ""]:
     return (state.since_measured == 0) | (state.since_measured >= every)
 
 
-def hold(state: BalanceState, usable: Bool[Array, " tasks"]) -> BalanceState:
+def hold(weighting: Weighting, state: BalanceState, usable: Bool[Array, " tasks"]) -> BalanceState:
     """An update that does not measure."""
     return state._replace(
-        task_weights=restrict(state.next_task_weights, usable),
+        task_weights=restrict(weighting, state.next_task_weights, usable),
         since_measured=optax.safe_increment(state.since_measured),
     )
 
@@ -201,12 +201,15 @@ def _keep_absent(
 
 
 def restrict(
-    weights: Float[Array, " tasks"], usable: Bool[Array, " tasks"]
+    weighting: Weighting, weights: Float[Array, " tasks"], usable: Bool[Array, " tasks"]
 ) -> Float[Array, " tasks"]:
     """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none.
 
-    Weights whose sum is not positive, from rules where they can be negative, are left as they are.
+    Left as they are: weights that hold for each task by itself, and those whose sum is not
+    positive, from rules where they can be negative.
     """
+    if weighting.least_present == 1:
+        return jnp.where(usable, weights, 0)
     total = jnp.sum(weights)
     rest = jnp.where(total > 0, share_out(weights, usable, total), jnp.where(usable, weights, 0))
     return jnp.where(jnp.all(usable), weights, rest)

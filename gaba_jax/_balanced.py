@@ -208,7 +208,7 @@ def balanced_value_and_grad(
 
         def while_summing() -> tuple[BalanceState, Any]:
             def factors(usable: Array) -> list[Array]:
-                task_weights = restrict(state.next_task_weights, usable)
+                task_weights = restrict(weighting, state.next_task_weights, usable)
                 return leaf_coefficients(task_weights, usable, selection, weight_task_specific)
 
             leaf_norms, usable, grads = _sum_and_norms(
@@ -222,7 +222,7 @@ def balanced_value_and_grad(
             return lax.cond(is_due(state, every), measure, otherwise)
 
         def held() -> BalanceState:
-            return hold(state, present)
+            return hold(weighting, state, present)
 
         if measure == "lagged" and encoder is None and one_by_one and (reads or drop):
             new, grads = if_due(while_summing, lambda: (held(), weighted(held())))

@@ -37,6 +37,9 @@ def make_rules():
         "stabilize": lambda: w.stabilize(
             w.rescaled(w.inverse_norm(K), 2.0), warmup_steps=1, floor="project", debias=True
         ),
+        "stabilize_norms": lambda: w.stabilize(
+            w.inverse_norm(K), warmup_steps=1, min_weight=0.01, average="norms"
+        ),
         "rescaled": lambda: w.rescaled(w.gaba(K, warmup_steps=2), float(K)),
         # What balance measures for the rules that need cosines and losses.
         "all_needs": lambda: w.inverse_norm(K)._replace(

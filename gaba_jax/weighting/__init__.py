@@ -38,7 +38,7 @@ from gaba_jax.weighting._random import RandomState, random
 from gaba_jax.weighting._rescaled import rescaled
 from gaba_jax.weighting._scale_invariant import scale_invariant
 from gaba_jax.weighting._smooth_tchebycheff import smooth_tchebycheff
-from gaba_jax.weighting._stabilize import StabilizeState, stabilize
+from gaba_jax.weighting._stabilize import NormAverageState, StabilizeState, stabilize
 from gaba_jax.weighting._uncertainty import UncertaintyState, uncertainty
 from gaba_jax.weighting._uniform import uniform
 from gaba_jax.weighting._upgrad import upgrad
@@ -48,6 +48,7 @@ __all__ = [
     "FamoState",
     "GradNormState",
     "GradVacState",
+    "NormAverageState",
     "RandomState",
     "SolverState",
     "StabilizeState",

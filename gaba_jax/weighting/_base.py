@@ -31,6 +31,9 @@ class Weighting(NamedTuple):
         :class:`TaskStats`. It is called for accepted measurements only, so the norms are finite.
         It returns a weight for absent tasks too: they are left out of the update afterwards.
       initial_weights: [K], the weights before any measurement.
+      least_present: the fewest present tasks that a measurement is accepted of, default 2. With 1
+        each task's weight holds by itself: it is applied as it is, where others are rescaled to the
+        sum of all when tasks are absent.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -48,6 +51,7 @@ class Weighting(NamedTuple):
     init: Callable[[], Any]
     update: Callable[[TaskStats, Any], tuple[Array, Any]]
     initial_weights: ArrayLike
+    least_present: int = 2
 
 
 def check_num_tasks(num_tasks: Any, least: int = 1) -> int:

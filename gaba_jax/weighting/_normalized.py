@@ -63,4 +63,7 @@ def normalized(weighting: Weighting) -> Weighting:
         factors = inverse * (count / jnp.where(total > 0, total, 1))
         return jnp.asarray(weights, jnp.float32) * jnp.where(pulls, factors, 1), state
 
-    return weighting._replace(needs=frozenset(weighting.needs | {"norms"}), update=update)
+    # The factors depend on who is present, so no weight holds by itself.
+    return weighting._replace(
+        needs=frozenset(weighting.needs | {"norms"}), update=update, least_present=2
+    )

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._stats import TaskStats
 from gaba_jax.weighting._base import (
@@ -19,6 +19,7 @@ from gaba_jax.weighting._base import (
 )
 
 Floor = Literal["renormalize", "project"]
+Average = Literal["weights", "norms"]
 
 
 class StabilizeState(NamedTuple):
@@ -38,6 +39,21 @@ class StabilizeState(NamedTuple):
     inner_state: Any
 
 
+class NormAverageState(NamedTuple):
+    """The ``inner_state`` under ``average="norms"``. Names and order are an on-disk promise.
+
+    Attributes:
+      ema_mass: [K] float32, the weight that a task's measurements have in its average; 0 before
+        the first.
+      ema_norms: [K] float32, the average of each task's gradient norm.
+      inner_state: the state of the wrapped rule.
+    """
+
+    ema_mass: Float[Array, " tasks"]
+    ema_norms: Float[Array, " tasks"]
+    inner_state: Any
+
+
 def stabilize(
     weighting: Weighting,
     *,
@@ -46,6 +62,7 @@ def stabilize(
     min_weight: Number = 0.05,
     floor: Floor = "renormalize",
     debias: bool = False,
+    average: Average = "weights",
 ) -> Weighting:
     r"""Wraps a rule in a warm-up, an exponential average and a floor.
 
@@ -66,21 +83,31 @@ def stabilize(
 
     An absent task keeps its average; the present ones share the mass they held together.
 
+    With ``average="norms"`` each task's gradient norm is averaged instead, by the same recursion
+    from :math:`m_0 = 0`, over the updates that the task takes part in, and the rule weights the
+    averages. So one present task is enough to learn from, and loaders that serve one task a batch
+    are balanced: the weights are 1/K until each task has been measured, and each holds by itself.
+    It is applied as it is, never rescaled to the tasks present, so that K batches of one task each
+    add up to one of all. Under ``every=n`` the n-th batches must reach all tasks.
+
     Args:
       weighting: any :class:`Weighting`.
       beta: decay of the average in [0, 1), default 0.99; 0 is no smoothing. May be traced.
       warmup_steps: updates with weights 1/K, default 100.
       min_weight: floor f in [0, 1/K], default 0.05. May be traced.
       floor: "renormalize" or "project".
-      debias: start the average at the first measurement, default False.
+      debias: start the average at the first measurement, default False. Averages of norms always
+        do: there is nothing else to start from.
+      average: "weights" (default) or "norms", for rules that need norms alone.
 
     Returns:
       A :class:`Weighting` with a :class:`StabilizeState`; its weights are >= 0 and sum to 1.
 
     Raises:
       ValueError: ``num_tasks`` < 2, ``beta`` outside [0, 1), ``warmup_steps`` negative,
-        ``min_weight`` negative or above 1/K, an unknown ``floor``, or a traced ``beta`` or
-        ``min_weight`` of less than 32 bits.
+        ``min_weight`` negative or above 1/K, an unknown ``floor`` or ``average``, a traced
+        ``beta`` or ``min_weight`` of less than 32 bits, or ``average="norms"`` around a rule that
+        needs losses, cosines or nothing.
 
     Example:
       >>> from gaba_jax import balance, weighting
@@ -103,13 +130,17 @@ def stabilize(
         )
     if floor not in ("renormalize", "project"):
         raise ValueError(f'{floor=} must be "renormalize" or "project".')
+    if average not in ("weights", "norms"):
+        raise ValueError(f'{average=} must be "weights" or "norms".')
+    of_norms = average == "norms"
+    rule = _of_averaged_norms(weighting, beta) if of_norms else weighting
 
     def init() -> StabilizeState:
         return StabilizeState(
             stabilize_step=jnp.zeros([], jnp.int32),
             ema_mass=jnp.asarray(0.0 if debias else 1.0, jnp.float32),
             ema_weights=jnp.asarray(equal_weights(num_tasks)),
-            inner_state=weighting.init(),
+            inner_state=rule.init(),
         )
 
     def update(stats: TaskStats, state: StabilizeState) -> tuple[Array, StabilizeState]:
@@ -117,13 +148,19 @@ def stabilize(
             stats.elapsed, jnp.iinfo(jnp.int32).max - state.stabilize_step
         )
         warm = step > warmup_steps
-        inner_weights, inner_state = weighting.update(stats, state.inner_state)
-        raw = _scaled_to_average(inner_weights, stats, state.ema_weights)
-        # The average forgets by the updates that passed, of them only those after the warm-up.
+        # An average forgets by the updates that passed, of them only those after the warm-up.
         passed = jnp.clip(step - warmup_steps, 1, stats.elapsed)
-        decay = jnp.clip(jnp.asarray(beta, jnp.float32), 0, 1) ** passed.astype(jnp.float32)
+        if of_norms:
+            inner_weights, inner_state = rule.update(
+                stats._replace(elapsed=passed), state.inner_state
+            )
+            present, decay = jnp.ones_like(stats.present), jnp.zeros([], jnp.float32)
+        else:
+            inner_weights, inner_state = rule.update(stats, state.inner_state)
+            present, decay = stats.present, _decay(beta, passed)
+        raw = _scaled_to_average(inner_weights, present, state.ema_weights)
         mass = decay * state.ema_mass + (1 - decay)
-        rate = jnp.where(mass > 0, (1 - decay) / jnp.where(mass > 0, mass, 1), 0)
+        rate = _rate(decay, mass)
         averaged = StabilizeState(
             stabilize_step=step,
             ema_mass=mass,
@@ -136,18 +173,69 @@ def stabilize(
         floored = _FLOORS[floor](new_state.ema_weights, min_weight)
         return jnp.where(warm, floored, equal_weights(num_tasks)), new_state
 
-    return Weighting(num_tasks, weighting.needs, init, update, equal_weights(num_tasks))
+    return Weighting(
+        num_tasks,
+        weighting.needs,
+        init,
+        update,
+        equal_weights(num_tasks),
+        least_present=1 if of_norms else 2,
+    )
+
+
+def _of_averaged_norms(weighting: Weighting, beta: Number) -> Weighting:
+    """The rule on the average of each task's norm, as if all tasks were present."""
+    if weighting.needs != frozenset({"norms"}):
+        raise ValueError(
+            f'average="norms" needs a rule that reads norms alone, such as inverse_share; this one '
+            f"needs {sorted(weighting.needs) or 'nothing'}, which an average of norms cannot "
+            'replace for an absent task. Leave average="weights".'
+        )
+    num_tasks = weighting.num_tasks
+
+    def init() -> NormAverageState:
+        nothing = np.zeros(num_tasks, np.float32)
+        return NormAverageState(jnp.array(nothing), jnp.array(nothing), weighting.init())
+
+    def update(stats: TaskStats, state: NormAverageState) -> tuple[Array, NormAverageState]:
+        decay = _decay(beta, stats.elapsed)
+        # A mass that was once there never falls to 0 again, however long the task is absent.
+        faded = jnp.maximum(decay * state.ema_mass, jnp.finfo(jnp.float32).tiny)
+        mass = jnp.where(state.ema_mass > 0, faded, 0) + jnp.where(stats.present, 1 - decay, 0)
+        rate = jnp.where(stats.present, _rate(decay, mass), 0)
+        norms = (1 - rate) * state.ema_norms + rate * stats.norms
+        everyone = stats._replace(norms=norms, present=jnp.ones_like(stats.present))
+        weights, inner_state = weighting.update(everyone, state.inner_state)
+        complete = jnp.all(mass > 0)
+        inner_state = jax.tree.map(
+            lambda new, old: jnp.where(complete, new, old), inner_state, state.inner_state
+        )
+        weights = jnp.where(complete, weights, equal_weights(num_tasks))
+        return weights, NormAverageState(mass, norms, inner_state)
+
+    return weighting._replace(init=init, update=update)
+
+
+def _decay(beta: Number, updates: Int[Array, ""]) -> Float[Array, ""]:
+    return jnp.clip(jnp.asarray(beta, jnp.float32), 0, 1) ** updates.astype(jnp.float32)
+
+
+def _rate(decay: Float[Array, ""], mass: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The weight of a new measurement in an average of that mass, the measurement's included."""
+    return jnp.where(mass > 0, (1 - decay) / jnp.where(mass > 0, mass, 1), 0)
 
 
 def _scaled_to_average(
-    weights: Float[Array, " tasks"], stats: TaskStats, average: Float[Array, " tasks"]
+    weights: Float[Array, " tasks"],
+    present: Bool[Array, " tasks"],
+    average: Float[Array, " tasks"],
 ) -> Float[Array, " tasks"]:
     """The rule's weights on the average's scale; an absent task's average stands."""
     # 1 - absent, not the sum of the present: with all present that is 1 without rounding, and the
     # average cannot drift away from the simplex.
-    mass = 1 - jnp.sum(jnp.where(stats.present, 0, average))
+    mass = 1 - jnp.sum(jnp.where(present, 0, average))
     raw = jnp.maximum(weights.astype(jnp.float32), 0)
-    return jnp.where(stats.present, share_out(raw, stats.present, mass), average)
+    return jnp.where(present, share_out(raw, present, mass), average)
 
 
 def _renormalize(average: Float[Array, " tasks"], min_weight: Number) -> Float[Array, " tasks"]:
