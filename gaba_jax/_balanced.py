@@ -144,7 +144,7 @@ def balanced_value_and_grad(
     check_driver_arguments(shared, weight_task_specific, nonfinite)
     _check_arguments(weighting, measure, encoder, every, microbatch_size, norms, nonfinite)
     num_tasks, drop = weighting.num_tasks, nonfinite == "drop"
-    reads, one_by_one = measures_gradients(weighting), "cosines" not in weighting.needs
+    reads = measures_gradients(weighting)
     forward = functools.partial(_forward, losses_fn, encoder, has_aux)
 
     def init(params: Any) -> BalanceState:
@@ -157,6 +157,8 @@ def balanced_value_and_grad(
         check_params(params)
         selection = select(shared, measure_on, params)
         wanted = wanted_leaves(selection, "propagate")
+        # Without leaves there is no sum to run over the tasks.
+        one_by_one = bool(wanted) and "cosines" not in weighting.needs
         present = task_presence(task_mask, num_tasks)
         if microbatch_size is None:
             run = forward(params, *args)
@@ -166,6 +168,15 @@ def balanced_value_and_grad(
             raise ValueError(
                 f"losses_fn returned {run.losses.shape[0]} losses, but the weighting has "
                 f"num_tasks={num_tasks}: give the weighting the number of losses."
+            )
+        # Where jax does not tell by this name, the backward pass fails with an error of its own.
+        manual = getattr(jax.typeof(run.losses), "manual_axis_type", None)
+        if axes := getattr(manual, "varying", ()):
+            raise ValueError(
+                f"the losses differ along {sorted(axes)}, mesh axes of jax.shard_map: norms must "
+                "be those of the mean gradient. Average each loss in losses_fn, with "
+                f"jax.lax.pmean(loss, {tuple(sorted(axes))}); for a model on each device pass "
+                "check_vma=False to shard_map."
             )
         # Transposing each loss by itself makes the program K times larger: only where it matters.
         apart = task_mask is not None or drop
@@ -201,7 +212,7 @@ def balanced_value_and_grad(
                 all_of_them = (True,) * len(features)
                 measurement = measure_stacked(features, all_of_them, num_tasks)
                 return measured(measurement, Selection(all_of_them, all_of_them))
-            if "cosines" in weighting.needs:
+            if not one_by_one:
                 stacked = _stack([run.pull_back_one(i) for i in range(num_tasks)])
                 return measured(measure_stacked(stacked, wanted, num_tasks))
             return measured(Measurement(_norms(run, num_tasks, wanted, norms), _no_cosines))
@@ -343,8 +354,9 @@ def _in_microbatches(forward: Callable[..., _Run], params: Any, args: Any, size:
 
 
 def _zeros_to_sum(params: Any) -> Any:
+    # Alike in sharding too, which on a mesh of Explicit axes is part of the type.
     return jax.tree.map(
-        lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
+        lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
     )
 
 

@@ -6,7 +6,10 @@ A rule is known by its first parameter, so a new one in `weighting.__all__` is t
 import contextlib
 import functools
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -397,3 +400,28 @@ def test_a_call_to_the_host_would_show():
 
     with pytest.raises(NotImplementedError, match="callback"):
         export_for_accelerators(RULES["inverse_norm"]()._replace(update=update))
+
+
+def test_making_rules_starts_no_backend():
+    """Else jax.distributed.initialize would refuse after a rule at the top of a script."""
+    code = """
+import inspect, jax
+import gaba_jax
+from gaba_jax import weighting as w
+for name in w.__all__:
+    rule = getattr(w, name)
+    parameters = inspect.signature(rule).parameters if inspect.isfunction(rule) else {}
+    if next(iter(parameters), None) == "num_tasks":
+        made = rule(3, [1.0, 2.0, 3.0]) if name == "constant" else rule(3)
+        w.rescaled(made, 2.0)
+w.inverse_norm(3, task_priorities=[1.0, 2.0, 3.0])
+gaba_jax.balanced_value_and_grad(lambda p: (p, p), w.gaba(2))
+gaba_jax.balance(w.upgrad(2), shared=gaba_jax.exclude("head"))
+jax.config.update("jax_num_cpu_devices", 3)  # refused once there is a backend
+assert jax.device_count() == 3
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr

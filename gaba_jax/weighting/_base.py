@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from gaba_jax._stats import TaskStats
 
 Number = float | Array  # a Python number, or a scalar array that may be traced
+Vector = Array | np.ndarray
 LARGEST = 1e18  # what an optimizer is given is cut here: its square is finite, in Adam too
 
 
@@ -130,20 +131,32 @@ def equal_weights(num_tasks: int) -> np.ndarray:
     return np.full(num_tasks, 1 / num_tasks, np.float32)
 
 
+def as_float32(value: Any) -> Vector:
+    """A float32 array, of numpy unless JAX arrays are in it.
+
+    Making a rule then starts no backend, after which ``jax.distributed.initialize`` would refuse.
+    """
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)):
+        return jnp.asarray(value, jnp.float32)
+    with np.errstate(over="ignore"):
+        return np.asarray(value, np.float32)
+
+
 def task_vector(
     argument: str, value: ArrayLike | None, num_tasks: int, *, positive: bool = True
-) -> Array | None:
+) -> Vector | None:
     """A [K] vector as float32, finite and positive where it is concrete; None stays None."""
     if value is None:
         return None
-    vector = jnp.asarray(value, jnp.float32)
+    vector = as_float32(value)
     if vector.shape != (num_tasks,):
         raise ValueError(
             f"{argument} must have shape ({num_tasks},), one value per task; "
             f"got shape {vector.shape}."
         )
-    good = jnp.isfinite(vector) & ((vector > 0) | (not positive))
-    if not isinstance(vector, Tracer) and not bool(jnp.all(good)):
+    if not isinstance(vector, Tracer) and not np.all(
+        np.isfinite(vector) & ((np.asarray(vector) > 0) | (not positive))
+    ):
         wanted = "positive and finite" if positive else "finite"
         raise ValueError(f"{argument} must be {wanted}, got {vector}.")
     return vector
@@ -165,7 +178,7 @@ def share_out(
 def over_present(
     raw: Float[Array, " tasks"],
     present: Bool[Array, " tasks"],
-    priorities: Float[Array, " tasks"] | None = None,
+    priorities: Vector | None = None,
 ) -> Float[Array, " tasks"]:
     """Raw weights >= 0, times the priorities, normalised over the present tasks.
 

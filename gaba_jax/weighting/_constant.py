@@ -1,13 +1,14 @@
 """Fixed weights, chosen by hand; uniform ones among them."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Weighting, check_num_tasks
+from gaba_jax.weighting._base import Weighting, as_float32, check_num_tasks
 
 
 def constant(num_tasks: int, weights: ArrayLike) -> Weighting:
@@ -30,17 +31,17 @@ def constant(num_tasks: int, weights: ArrayLike) -> Weighting:
     Example:
       >>> from gaba_jax import weighting
       >>> weighting.constant(2, [1.0, 100.0]).initial_weights
-      Array([  1., 100.], dtype=float32)
+      array([  1., 100.], dtype=float32)
     """
     check_num_tasks(num_tasks)
-    fixed = jnp.asarray(weights, jnp.float32)
+    fixed = as_float32(weights)
     if fixed.shape != (num_tasks,):
         raise ValueError(f"weights must have shape ({num_tasks},), got shape {fixed.shape}.")
-    if not isinstance(fixed, Tracer) and not bool(jnp.all(jnp.isfinite(fixed))):
+    if not isinstance(fixed, Tracer) and not np.all(np.isfinite(fixed)):
         raise ValueError(f"weights must be finite, got {fixed}.")
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
         del stats
-        return fixed, state
+        return jnp.asarray(fixed), state
 
     return Weighting(num_tasks, frozenset(), optax.EmptyState, update, fixed)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
@@ -112,7 +113,7 @@ def famo(
     optimizer = check_optimizer(optax.adam(0.025) if weight_optimizer is None else weight_optimizer)
     check_not_negative("gamma", gamma)
     given = task_vector("minimum_losses", minimum_losses, num_tasks, positive=False)
-    lowest = jnp.zeros([num_tasks], jnp.float32) if given is None else given
+    lowest = np.zeros(num_tasks, np.float32) if given is None else given
 
     def init() -> FamoState:
         # Buffers of their own, so that the state can be donated.

@@ -13,6 +13,7 @@ from gaba_jax.weighting._base import (
     LARGEST,
     Number,
     Weighting,
+    as_float32,
     check_not_negative,
     check_num_tasks,
     check_optimizer,
@@ -145,7 +146,7 @@ def gradnorm(
             "be at least that."
         )
     given = task_vector("initial_losses", initial_losses, num_tasks)
-    initial_weights = jnp.full([num_tasks], 1.0 if sum_ is None else sum_ / num_tasks, jnp.float32)
+    initial_weights = as_float32([1.0 if sum_ is None else sum_ / num_tasks] * num_tasks)
 
     def init() -> GradNormState:
         # Buffers of their own, so that the state can be donated.

@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import task_vector
+from gaba_jax.weighting._base import Vector, task_vector
 
 NEEDS = frozenset({"norms", "cosines"})
 _SMALLEST = 1e-30  # relative norms below it count as this one
@@ -29,14 +30,14 @@ def no_residual() -> SolverState:
     return SolverState(jnp.zeros([], jnp.float32))
 
 
-def shares(task_priorities: ArrayLike | None, num_tasks: int) -> Float[Array, " tasks"]:
-    """The priorities with sum 1; 1/K by default."""
+def shares(task_priorities: ArrayLike | None, num_tasks: int) -> Vector:
+    """[K] the priorities with sum 1; 1/K by default."""
     given = task_vector("task_priorities", task_priorities, num_tasks)
-    given = jnp.ones([num_tasks], jnp.float32) if given is None else given
-    return given / jnp.sum(given)
+    given = np.ones(num_tasks, np.float32) if given is None else given
+    return given / given.sum()
 
 
-def among_present(shares: Float[Array, " tasks"], stats: TaskStats) -> Float[Array, " tasks"]:
+def among_present(shares: Vector, stats: TaskStats) -> Float[Array, " tasks"]:
     """The shares of the present tasks, with sum 1; 0 for absent ones."""
     held = jnp.where(stats.present, shares, 0)
     return held / jnp.sum(held)

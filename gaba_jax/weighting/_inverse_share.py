@@ -1,6 +1,7 @@
 """GABA's closed form, without its stabilisers."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
@@ -50,7 +51,7 @@ def inverse_share(num_tasks: int, *, task_priorities: ArrayLike | None = None) -
     """
     check_num_tasks(num_tasks, least=2)
     priorities = task_vector("task_priorities", task_priorities, num_tasks)
-    itself = jnp.eye(num_tasks, dtype=bool)
+    itself = np.eye(num_tasks, dtype=bool)
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
         largest = jnp.max(stats.norms)

@@ -2,12 +2,19 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array
 
 from gaba_jax._stats import TaskStats
-from gaba_jax.weighting._base import Number, Weighting, check_positive, check_weighting
+from gaba_jax.weighting._base import (
+    Number,
+    Weighting,
+    as_float32,
+    check_positive,
+    check_weighting,
+)
 
 
 def rescaled(weighting: Weighting, total: Number) -> Weighting:
@@ -32,18 +39,21 @@ def rescaled(weighting: Weighting, total: Number) -> Weighting:
     Example:
       >>> from gaba_jax import weighting
       >>> weighting.rescaled(weighting.uniform(2), 2.0).initial_weights
-      Array([1., 1.], dtype=float32)
+      array([1., 1.], dtype=float32)
     """
     check_weighting(weighting)
     check_positive("total", total)
 
-    def rescale(weights: ArrayLike) -> Float[Array, " tasks"]:
-        weights = jnp.asarray(weights, jnp.float32)
-        sum_ = jnp.sum(weights)
-        return jnp.where(sum_ > 0, weights * (total / jnp.where(sum_ > 0, sum_, 1)), weights)
+    wanted = as_float32(total)
+
+    def rescale(weights: Array | np.ndarray) -> Any:
+        xp = jnp if isinstance(weights, jax.Array) or isinstance(wanted, jax.Array) else np
+        sum_ = xp.sum(weights)
+        return xp.where(sum_ > 0, weights * (wanted / xp.where(sum_ > 0, sum_, 1)), weights)
 
     def update(stats: TaskStats, state: Any) -> tuple[Array, Any]:
         weights, state = weighting.update(stats, state)
-        return rescale(weights), state
+        return rescale(jnp.asarray(weights, jnp.float32)), state
 
-    return weighting._replace(update=update, initial_weights=rescale(weighting.initial_weights))
+    initial_weights = rescale(as_float32(weighting.initial_weights))
+    return weighting._replace(update=update, initial_weights=initial_weights)

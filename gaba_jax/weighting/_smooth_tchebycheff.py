@@ -1,6 +1,7 @@
 """Smooth Tchebycheff scalarisation: a smooth maximum of the losses."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
@@ -74,9 +75,9 @@ def smooth_tchebycheff(
     check_num_tasks(num_tasks)
     check_positive("mu", mu)
     given = task_vector("preferences", preferences, num_tasks)
-    preferred = jnp.asarray(equal_weights(num_tasks)) if given is None else given
+    preferred = equal_weights(num_tasks) if given is None else given
     given = task_vector("ideal", ideal, num_tasks, positive=False)
-    lowest = jnp.zeros([num_tasks], jnp.float32) if given is None else given
+    lowest = np.zeros(num_tasks, np.float32) if given is None else given
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
         excess = preferred * (task_losses(stats) - lowest)
@@ -85,7 +86,7 @@ def smooth_tchebycheff(
         below = excess - jnp.max(jnp.where(stats.present, excess, -_LARGEST_EXCESS))
         tiny = jnp.finfo(jnp.float32).tiny
         powers = jnp.minimum(below, 0) / jnp.maximum(jnp.asarray(mu, jnp.float32), tiny)
-        weights = preferred * share_out(jnp.exp(powers), stats.present, 1.0)
+        weights = jnp.asarray(preferred) * share_out(jnp.exp(powers), stats.present, 1.0)
         return jnp.sum(weights) * over_present(weights, stats.present), state
 
     return Weighting(

@@ -21,6 +21,6 @@ def uniform(num_tasks: int) -> Weighting:
     Example:
       >>> from gaba_jax import weighting
       >>> weighting.uniform(4).initial_weights
-      Array([0.25, 0.25, 0.25, 0.25], dtype=float32)
+      array([0.25, 0.25, 0.25, 0.25], dtype=float32)
     """
     return constant(check_num_tasks(num_tasks), equal_weights(num_tasks))

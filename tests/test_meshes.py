@@ -1,0 +1,117 @@
+"""Placed in every way, a step is that of one device and moves no more than it should."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gaba_jax import balanced_value_and_grad, weighting
+from tests.on_eight_devices import BATCH, LAYOUTS, PATHS, WIDTH, K, init, make_losses, make_step
+
+ROOT = pathlib.Path(__file__).parent.parent
+TRUNK, HEAD = 4 * 2 * WIDTH * WIDTH, 4 * WIDTH  # bytes; the heads are one vector each
+SMALL = 256  # bytes that norms and a whole vector may add
+ROWS = [(name, path) for name in [*LAYOUTS, "shard_map"] for path in PATHS]
+ROWS += [("shard_map, unchecked", "plain"), ("shard_map, unchecked", "stacked")]
+
+
+@pytest.fixture(scope="module")
+def found():
+    # LLVM's optimisation comes after the partitioning and takes most of the time.
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.on_eight_devices"],
+        cwd=ROOT,
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def total(collectives, operation):
+    return sum(size * n for name, size, n in collectives if name == operation)
+
+
+@pytest.mark.parametrize(("layout", "path"), ROWS)
+def test_twenty_steps_end_where_one_device_does(found, layout, path):
+    assert found[layout][path]["deviation"] <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["data parallel", "data parallel, explicit", "shard_map"])
+def test_data_parallel_reduces_each_measured_gradient_once(found, layout):
+    gradient = TRUNK + K * HEAD
+    assert {path: row["collectives"] for path, row in found[layout].items()} == {
+        "plain": [["all-reduce", gradient, 1]],
+        "stacked": [["all-reduce", K * TRUNK + K * HEAD, 1]],  # a head has one task's gradient
+        "exact": [["all-reduce", gradient, K + 1]],
+        "lagged": [["all-reduce", gradient, K]],
+    }
+
+
+@pytest.mark.parametrize(("layout", "path"), [row for row in ROWS if row[1] != "plain"])
+def test_sharded_parameters_are_gathered_as_in_a_plain_step(found, layout, path):
+    """No all-to-all, and never a stack of gradients: what is moved more is the reduction."""
+    plain, moved = found[layout]["plain"]["collectives"], found[layout][path]["collectives"]
+    assert {operation for operation, *_ in moved} <= {"all-reduce", "all-gather"}
+    gathers, expected = (
+        Counter({size: n for operation, size, n in row if operation == "all-gather"})
+        for row in (moved, plain)
+    )
+    assert gathers == expected
+    times = {"stacked": K, "exact": K + 1, "lagged": K}[path]
+    reduced = total(moved, "all-reduce")
+    assert reduced <= times * total(plain, "all-reduce") + SMALL
+
+
+def test_sharded_kernels_are_gathered_at_all(found):
+    """Else the test above compares nothing."""
+    for layout in ("fsdp", "fsdp, explicit", "tensor parallel", "2 x 4"):
+        assert total(found[layout]["plain"]["collectives"], "all-gather") > 0
+
+
+@pytest.mark.parametrize("path", ["exact", "lagged"])
+def test_losses_that_were_not_averaged_over_the_devices(path):
+    params, batches = init()
+    step, parts = make_step(path, make_losses())
+    step = jax.shard_map(
+        step,
+        mesh=jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+    )
+    carry = (params, *(part.init(params) for part in parts))
+    with pytest.raises(
+        ValueError, match=r"differ along \['data'\].*lax.pmean\(loss, \('data',\)\)"
+    ):
+        step(carry, *(of_all[0] for of_all in batches))
+
+
+def test_a_model_on_each_device_without_the_check():
+    """What the error names for it: weights of its own per device."""
+    balanced = balanced_value_and_grad(
+        make_losses(), weighting.gaba(K, warmup_steps=0, min_weight=0.0, debias=True)
+    )
+    params, (x, y) = init()
+    alone = balanced.value_and_grad(params, balanced.init(params), x[0], y[0])
+    step = jax.shard_map(
+        lambda *args: jax.tree.map(lambda leaf: leaf[None], balanced.value_and_grad(*args)),
+        mesh=jax.make_mesh((1,), ("models",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(P(), P(), P("models"), P("models")),
+        out_specs=P("models"),
+        check_vma=False,
+    )
+    per_device = step(params, balanced.init(params), x[0], y[0])
+    assert x.shape[1] == BATCH
+    for got, wanted in zip(jax.tree.leaves(per_device), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(got[0], wanted, rtol=1e-5, atol=1e-6)
+    assert jnp.ptp(alone[1].task_weights) > 0.1
