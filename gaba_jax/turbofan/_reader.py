@@ -1,6 +1,8 @@
 """The C-MAPSS files: read into tables and checked, with errors that name the line."""
 
 import gzip
+import io
+import reprlib
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,12 @@ INFORMATIVE_SENSORS = (2, 3, 4, 7, 8, 9, 11, 12, 13, 14, 15, 17, 20, 21)
 """The sensors, counted from 1, that are not constant in subset FD001."""
 
 _LARGEST_ENGINE = np.iinfo(np.int32).max
+_LARGEST_VALUE = float(np.finfo(np.float32).max)  # features and targets are float32
+
+# A file unpacks to the larger of so many bytes and so many times its size. Tables with constant
+# columns reach 70 times; a gzip bomb some 1000.
+_UNPACKED_BYTES = 2**20
+_UNPACKED_TIMES = 200
 
 # Says in words where a row, counted from 0, came from.
 _Where = Callable[[int], str]
@@ -50,7 +58,7 @@ def read_fleet(folder: str | Path, subset: str = "FD001") -> Fleet:
 
     Raises:
         FileNotFoundError: The folder or a file is missing.
-        ValueError: A file is malformed; the message has its name and the line.
+        ValueError: A file is malformed; the message has its name and the line, where it has lines.
 
     Examples:
         >>> read_fleet("no_such_folder")
@@ -79,8 +87,9 @@ def read_table(path: str | Path) -> NDArray[np.float64]:
     Raises:
         FileNotFoundError: The file is missing.
         ValueError: The file is empty, or a line has a wrong number of columns, a field that is no
-            finite number, an engine or cycle that is no whole number, or breaks the order of the
-            cycles; the message has the file and the line.
+            finite float32, an engine or cycle that is no whole number, or breaks the order of the
+            cycles; the message has the file and the line. A packed file is damaged, or unpacks to
+            over 1 MiB and 200 times its size; the message has the file.
 
     Examples:
         >>> import tempfile
@@ -109,7 +118,7 @@ def read_rul(path: str | Path, num_engines: int) -> NDArray[np.float64]:
     Raises:
         FileNotFoundError: The file is missing.
         ValueError: The file does not hold one non-negative number per test engine; the message
-            has the file and the line.
+            has the file and the line. A packed file breaks a rule of :func:`read_table`.
 
     Examples:
         >>> import pathlib, tempfile
@@ -180,13 +189,9 @@ def _read_numbers(path: str | Path, columns: tuple[str, ...]) -> tuple[NDArray[n
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; check the folder and the name.")
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        # Bytes that are no text become a field that is no number, and so an error with its line.
-        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as text:
-            lines = text.readlines()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no valid gzip file ({error}); get it anew.") from error
+    content = io.BytesIO(_unpack(path) if path.suffix == ".gz" else path.read_bytes())
+    # Bytes that are no text become a field that is no number, and so an error with its line.
+    lines = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace").readlines()
     expected = f"expected {len(columns)} numbers a line"
     if len(columns) == 1:
         expected = "expected one number a line"
@@ -204,6 +209,21 @@ def _read_numbers(path: str | Path, columns: tuple[str, ...]) -> tuple[NDArray[n
     return rows, lambda row: f"{path}, line {filled[row]}"
 
 
+def _unpack(path: Path) -> bytes:
+    limit = max(_UNPACKED_BYTES, _UNPACKED_TIMES * path.stat().st_size)
+    try:
+        with gzip.open(path) as file:
+            content = file.read(limit + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no valid gzip file ({error}); get it anew.") from error
+    if len(content) > limit:
+        raise ValueError(
+            f"{path} unpacks to more than {limit} bytes, expected at most {_UNPACKED_BYTES} or "
+            f"{_UNPACKED_TIMES} times its size; get it anew, or unpack it if that is what it holds."
+        )
+    return content
+
+
 def _raise_first_bad_line(
     path: Path, lines: list[str], columns: tuple[str, ...], expected: str
 ) -> None:
@@ -217,7 +237,7 @@ def _raise_first_bad_line(
         for name, field in zip(columns, fields, strict=False):
             if not _is_number(field):
                 raise ValueError(
-                    f"{path}, line {number}: {name} is {field!r}, expected a number; "
+                    f"{path}, line {number}: {name} is {reprlib.repr(field)}, expected a number; "
                     "repair or remove the line."
                 )
 
@@ -232,12 +252,12 @@ def _is_number(field: str) -> bool:
 
 
 def _check_finite(rows: NDArray[np.float64], columns: tuple[str, ...], where: _Where) -> None:
-    bad = np.argwhere(~np.isfinite(rows))
+    bad = np.argwhere(~(np.abs(rows) <= _LARGEST_VALUE))
     if len(bad):
         row, column = (int(index) for index in bad[0])
         raise ValueError(
-            f"{where(row)}: {columns[column]} is {rows[row, column]}, expected a finite number; "
-            "repair the value or remove the engine."
+            f"{where(row)}: {columns[column]} is {rows[row, column]}, expected a finite number "
+            "that float32 holds; repair the value or remove the engine."
         )
 
 

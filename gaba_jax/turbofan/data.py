@@ -349,7 +349,8 @@ def normalize(
         The 3 settings and the 14 informative sensors, float32 [rows, 17].
 
     Raises:
-        ValueError: There are not 26 columns, or no training engine has seen a row's condition.
+        ValueError: There are not 26 columns, no training engine has seen a row's condition, or a
+            feature is no finite float32.
 
     Examples:
         >>> from gaba_jax.turbofan import simulator
@@ -377,11 +378,20 @@ def normalize(
         (_SETTINGS, normalization.setting_mean, normalization.setting_scale),
         (_SENSORS, normalization.sensor_mean[nearest], normalization.sensor_scale[nearest]),
     )
-    features = [
+    columns = [
         np.where(scale > 0, rows[:, part] - mean, 0.0) / np.where(scale > 0, scale, 1.0)
         for part, mean, scale in parts
     ]
-    return np.hstack(features).astype(np.float32)
+    with np.errstate(over="ignore"):
+        features = np.hstack(columns).astype(np.float32)
+    bad = np.argwhere(~np.isfinite(features))
+    if len(bad):
+        engine, cycle = rows[bad[0, 0], :2]
+        raise ValueError(
+            f"{name} engine {engine:.0f}, cycle {cycle:.0f}, has a {_FEATURE_NAMES[bad[0, 1]]} "
+            "that normalised is no finite float32; repair the value, or leave this engine out."
+        )
+    return features
 
 
 def _scale(columns: NDArray[np.float64]) -> NDArray[np.float64]:

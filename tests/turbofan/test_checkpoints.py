@@ -27,10 +27,11 @@ from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped, latest_step, res
 from gaba_jax.turbofan.data import Normalization, Split, TurbofanData
 from gaba_jax.turbofan.model import CompactModel
 from gaba_jax.turbofan.train import GabaOptions, TrainConfig, load_data, make_weighting, train
+from tests.soak import SOAK
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "golden" / "checkpoint_0_1_0"
 TINY = TrainConfig(epochs=2, batch_size=4, gaba=GabaOptions(warmup_steps=1, beta=0.5))
-KILLS = 20 if os.environ.get("GABA_JAX_SOAK") == "1" else 5
+KILLS = 20 if SOAK else 5
 EVERY = 7
 EPOCHS = 3 * KILLS
 CONFIG = TrainConfig(epochs=EPOCHS, stride=20, batch_size=32, gaba=GabaOptions(warmup_steps=0))
