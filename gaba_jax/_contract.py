@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 _REMEDY = (
     "Pass the output of task_value_and_grad, and put gaba() (or balance(...)) first in the chain, "
-    "before any other transform."
+    "before any other transform. Around it, TaskMultiSteps accumulates gradients where "
+    "optax.MultiSteps cannot."
 )
 
 
@@ -25,6 +27,11 @@ def leaf_names(tree: Any) -> list[str]:
 
 def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) -> None:
     """Raises ValueError unless every leaf of ``updates`` is [num_tasks, *param.shape]."""
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "params came as optax.LookaheadParams, but must be those the gradients belong to: "
+            "put gaba() inside, as in optax.lookahead(optax.chain(gaba(), optax.adam(1e-3)), ...)."
+        )
     leaves = jax.tree.leaves(updates)
     if len(leaves) != num_leaves:
         raise ValueError(

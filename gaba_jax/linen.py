@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax.training import train_state
 from jax.typing import ArrayLike
@@ -47,7 +49,8 @@ class TrainState(train_state.TrainState):
           The state after the step.
 
         Raises:
-          ValueError: the weighting needs ``task_losses`` and got none, when the step is traced.
+          ValueError: when the step is traced, the weighting needs ``task_losses`` and got none, or
+            nothing in ``tx`` takes the task axis away.
         """
         given = {"task_losses": task_losses, "task_mask": task_mask}
         given = {name: value for name, value in given.items() if value is not None}
@@ -58,4 +61,10 @@ class TrainState(train_state.TrainState):
 
         with_given = self.replace(tx=optax.GradientTransformation(tx.init, update))
         stepped = super(TrainState, with_given).apply_gradients(grads=grads, **kwargs)
+        before, after = ([jnp.shape(p) for p in jax.tree.leaves(s.params)] for s in (self, stepped))
+        if before != after:
+            raise ValueError(
+                "the updates still have a task axis, which parameters would take on: put gaba() or "
+                "balance(...) first in the chain of tx."
+            )
         return stepped.replace(tx=self.tx)

@@ -1,5 +1,6 @@
 """What all tests share: the compilation cache, the golden arrays, a small two-headed model."""
 
+import functools
 import os
 import pathlib
 
@@ -68,3 +69,23 @@ def toy():
     }
     x = jax.random.normal(keys[3], (16, 4))
     return losses_fn, params, (x, 50 + 20 * x[:, 0])
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    """``by_hand(losses_fn, params, *batch)``: weights and update of weighting.inverse_norm, written
+    out. Norms are those of ``params["backbone"]``; ``present`` marks tasks; ``first`` is applied to
+    the gradients, leaves [K, ...], before they are measured.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("losses_fn", "first"))
+    def by_hand(losses_fn, params, *batch, present=True, first=lambda grads: grads):
+        grads = jax.jacrev(lambda p: jnp.hstack(jax.tree.leaves(losses_fn(p, *batch))))(params)
+        grads = first(grads)
+        flat = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(grads["backbone"])]
+        norms = jnp.linalg.norm(jnp.concatenate(flat, axis=1), axis=1)
+        weights = jnp.where(present, 1 / norms, 0)
+        weights /= weights.sum()
+        return weights, jax.tree.map(lambda g: jnp.einsum("k,k...->...", weights, g), grads)
+
+    return by_hand

@@ -81,3 +81,11 @@ def test_any_optimizer_works():
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1))
     state = state.apply_gradients(grads=PARAMS, task_losses=jnp.ones(2))
     chex.assert_trees_all_close(state.params, jax.tree.map(lambda p: 0.9 * p, PARAMS), rtol=1e-6)
+
+
+def test_a_forgotten_balancer():
+    """Parameters of one axis less would take on the tasks', by broadcasting."""
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1))
+    losses, grads = losses_and_grads(PARAMS)
+    with pytest.raises(ValueError, match=r"put gaba\(\) or .*first in the chain"):
+        jax.jit(lambda state: state.apply_gradients(grads=grads, task_losses=losses)).trace(state)
