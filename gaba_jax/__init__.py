@@ -23,12 +23,13 @@ Put :func:`gaba` first in the chain and feed it one gradient per task:
 :func:`balanced_value_and_grad` does the same in the memory of one gradient.
 
 Where things are: the rules in :mod:`gaba_jax.weighting`; what to log in
-:func:`balance_metrics`; the turbofan application, an extra, in ``gaba_jax.turbofan``.
+:func:`balance_metrics`; the method seen as a feedback loop in :mod:`gaba_jax.controller`; the
+turbofan application, an extra, in ``gaba_jax.turbofan``.
 """
 
 from importlib.metadata import version
 
-from gaba_jax import monitor, weighting
+from gaba_jax import controller, monitor, weighting
 from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._advance import BalanceState
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
@@ -50,6 +51,7 @@ __all__ = [
     "balance",
     "balance_metrics",
     "balanced_value_and_grad",
+    "controller",
     "exclude",
     "gaba",
     "gradnorm",

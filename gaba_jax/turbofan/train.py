@@ -52,6 +52,7 @@ Rule = Literal[
     "mgda",
     "nash_mtl",
     "pcgrad",
+    "proportional_integral",
     "random",
     "scale_invariant",
     "smooth_tchebycheff",
@@ -178,6 +179,17 @@ def make_weighting(config: TrainConfig) -> weighting.Weighting:
     return rule._replace(needs=rule.needs | {"norms"})
 
 
+def make_losses_fn(graph: Any, config: TrainConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """``(params, batch) -> (RUL loss, health loss)`` of the model with this nnx graph."""
+    rul_loss = mean_squared_error if config.loss == "mse" else failure_biased_squared_error
+
+    def losses_fn(params: Params, batch: Split) -> tuple[jax.Array, jax.Array]:
+        rul, logits = nnx.merge(graph, params)(batch.windows)
+        return rul_loss(rul, batch.rul), cross_entropy(logits, batch.health)
+
+    return losses_fn
+
+
 def train(
     data: TurbofanData,
     config: TrainConfig,
@@ -277,14 +289,8 @@ def _train_seeds(
         lambda *each: jnp.stack(each), *(nnx.state(model, nnx.Param) for model in models)
     )
     over_seeds = lax.map if jax.default_backend() == "cpu" else _vmap
-    rul_loss = mean_squared_error if config.loss == "mse" else failure_biased_squared_error
-
-    def losses_fn(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-        rul, logits = nnx.merge(graph, params)(batch.windows)
-        return rul_loss(rul, batch.rul), cross_entropy(logits, batch.health)
-
     balanced = balanced_value_and_grad(
-        losses_fn,
+        make_losses_fn(graph, config),
         rule,
         measure=config.measure,
         every=config.every,

@@ -34,6 +34,10 @@ from gaba_jax.weighting._mgda import mgda
 from gaba_jax.weighting._nash_mtl import nash_mtl
 from gaba_jax.weighting._normalized import normalized
 from gaba_jax.weighting._pcgrad import pcgrad
+from gaba_jax.weighting._proportional_integral import (
+    ProportionalIntegralState,
+    proportional_integral,
+)
 from gaba_jax.weighting._random import RandomState, random
 from gaba_jax.weighting._rescaled import rescaled
 from gaba_jax.weighting._scale_invariant import scale_invariant
@@ -49,6 +53,7 @@ __all__ = [
     "GradNormState",
     "GradVacState",
     "NormAverageState",
+    "ProportionalIntegralState",
     "RandomState",
     "SolverState",
     "StabilizeState",
@@ -76,6 +81,7 @@ __all__ = [
     "nash_mtl",
     "normalized",
     "pcgrad",
+    "proportional_integral",
     "random",
     "rescaled",
     "scale_invariant",
