@@ -105,7 +105,7 @@ def driver(name, every, debias, floor):
     def stacked_step(rule, state, now):
         _, grads = stacked_grads(PARAMS, X, Y, now["scales"])
         measured = balance(rule).update(grads, state, PARAMS, task_mask=now["present"])[1]
-        held = hold(state, now["present"])
+        held = hold(rule, state, now["present"])
         state = jax.tree.map(lambda a, b: jnp.where(is_due(state, every), a, b), measured, held)
         return state, weighted_sum(state.task_weights, grads)
 
