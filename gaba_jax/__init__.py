@@ -22,6 +22,8 @@ Put :func:`gaba` first in the chain and feed it one gradient per task:
 
 :func:`balanced_value_and_grad` does the same in the memory of one gradient.
 
+Whether that is worth it, :func:`diagnose` says before training.
+
 Where things are: the rules in :mod:`gaba_jax.weighting`; what to log in
 :func:`balance_metrics`; the method seen as a feedback loop in :mod:`gaba_jax.controller`; the
 turbofan application, an extra, in ``gaba_jax.turbofan``.
@@ -33,6 +35,8 @@ from gaba_jax import controller, monitor, weighting
 from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._advance import BalanceState
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
+from gaba_jax._diagnose import diagnose
+from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, only
 from gaba_jax._transform import balance, gaba, gradnorm
@@ -45,6 +49,7 @@ __version__ = version("gaba-jax")
 __all__ = [
     "BalanceState",
     "BalancedGradient",
+    "Diagnosis",
     "TaskMultiSteps",
     "TaskStats",
     "Weighting",
@@ -52,6 +57,7 @@ __all__ = [
     "balance_metrics",
     "balanced_value_and_grad",
     "controller",
+    "diagnose",
     "exclude",
     "gaba",
     "gradnorm",

@@ -1,15 +1,11 @@
-"""The command ``gaba-jax``: simulate engines, train on them or on C-MAPSS, compare weightings."""
+"""The command ``gaba-jax``: simulate engines, diagnose, train on them, compare weightings."""
 
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import socket
 import sys
-import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -29,8 +25,11 @@ import numpy as np
 
 from gaba_jax import plot
 from gaba_jax.turbofan import compare, plots, report, simulator
+from gaba_jax.turbofan._signals import noting_signals
 from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped
 from gaba_jax.turbofan.data import TurbofanData
+from gaba_jax.turbofan.diagnosis import diagnose_run
+from gaba_jax.turbofan.events import event_writer
 from gaba_jax.turbofan.train import (
     TASKS,
     EpochRecord,
@@ -80,6 +79,36 @@ class Train:
     """updates from one checkpoint in --out to the next; None keeps none"""
     resume: bool = False
     """go on from the last checkpoint in --out, or begin where there is none"""
+    tensorboard: bool = False
+    """write every update to event files in --out"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnose:
+    """Measure the gradients before training: is balancing worth it?"""
+
+    data: Path | None = None
+    """folder of C-MAPSS text, plain or .gz; None simulates a small fleet"""
+    subset: Subset = "FD001"
+    """which of the four subsets"""
+    sensors_only: bool = False
+    """leave the three operating settings out of the features"""
+    stride: int = 1
+    """cycles between training windows"""
+    loss: Literal["mse", "amnl"] = "mse"
+    """of the RUL: mean squared error, or that weighted up towards failure"""
+    shared: tuple[str, ...] = ()
+    """names of the shared parameters; none given: found from the gradients"""
+    measure_on: tuple[str, ...] = ()
+    """names of the shared parameters to take norms on; none given: all"""
+    batches: int = 8
+    """how many to measure, the first that a run would train on"""
+    batch_size: int = 128
+    """windows in a batch"""
+    seed: int = 0
+    """of the simulated fleet, the parameters and the batches"""
+    leaves: bool = False
+    """add each parameter's shape, whether it is shared, and the norms on it"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +140,7 @@ class Compare:
 Command = Annotated[
     Annotated[Simulate, tyro.conf.subcommand("simulate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Compare, tyro.conf.subcommand("compare")],
     tyro.conf.OmitArgPrefixes,
 ]
@@ -130,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _simulate(command, console)
         elif isinstance(command, Train):
             return _train(command, console)
+        elif isinstance(command, Diagnose):
+            _diagnose(command)
         else:
             _compare(command, console)
     except KeyboardInterrupt:
@@ -163,18 +195,24 @@ def _train(command: Train, console: Console) -> int:
     make_weighting(config)  # a wrong option shows before the data is read
     noted: list[int] = []
     checkpoints = _checkpoints(command, noted, console)
+    if command.tensorboard and out is None:
+        raise ValueError("--tensorboard needs a folder: pass --out.")
     going_on = _check_out(command)
     data = load_data(config)
     if out is not None and not going_on:
         out.mkdir(parents=True, exist_ok=True)
         # An interrupted run must not keep what belongs to an old one.
         (out / "summary.json").unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(out / name, ignore_errors=True)
         if checkpoints is not None:
             checkpoints.directory.mkdir()
         (out / "metrics.jsonl").write_text("")
     with (
-        contextlib.nullcontext() if checkpoints is None else _noting_signals(noted),
+        contextlib.nullcontext() if checkpoints is None else noting_signals(noted),
+        event_writer(out / "tensorboard")
+        if out is not None and command.tensorboard
+        else contextlib.nullcontext() as write_events,
         Progress(
             TextColumn("epoch {task.completed}/{task.total}"),
             BarColumn(bar_width=10),
@@ -200,6 +238,8 @@ def _train(command: Train, console: Console) -> int:
                 with (out / "metrics.jsonl").open("w" if record.epoch == 1 else "a") as file:
                     line = {"epoch": record.epoch, **compare.finite(scalars)}
                     file.write(json.dumps(line, allow_nan=False) + "\n")
+            if write_events is not None:
+                write_events(record)
 
         try:
             run, said = train(data, config, on_epoch, checkpoints), "stopped after the last update"
@@ -256,39 +296,11 @@ def _check_out(command: Train) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _noting_signals(noted: list[int]) -> Generator[None]:
-    """Collects SIGINT and SIGTERM; a second one ends the process.
-
-    A handler in Python would wait for the updates that are being computed; what is written to the
-    wake-up socket is read at once.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def watch() -> None:
-        while received := reader.recv(1):
-            if noted:
-                os._exit(128 + received[0])
-            noted.extend(received)
-            name = signal.Signals(received[0]).name
-            print(f"gaba-jax: {name}: stopping at the next checkpoint", file=sys.stderr)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    before = {
-        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    wakeup = signal.set_wakeup_fd(writer.fileno())
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        writer.close()
-        watcher.join()
-        reader.close()
+def _diagnose(command: Diagnose) -> None:
+    options = dataclasses.asdict(command)
+    leaves, num_batches = options.pop("leaves"), options.pop("batches")
+    config = TrainConfig(**options)
+    print(diagnose_run(load_data(config), config, num_batches).table(leaves=leaves))
 
 
 def _compare(command: Compare, console: Console) -> None:

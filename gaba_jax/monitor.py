@@ -1,11 +1,14 @@
 """What a balanced run is doing, as a flat dict of scalars for any logger."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num
 
 from gaba_jax._advance import BalanceState
 from gaba_jax._contract import path_name
@@ -13,18 +16,15 @@ from gaba_jax._contract import path_name
 
 def balance_metrics(
     opt_state: Any, task_names: Sequence[str] | None = None
-) -> dict[str, Float[Array, ""]]:
-    r"""Weights, norms and contributions of the last update, per task and in sum.
+) -> dict[str, float | int | Num[Array, ""]]:
+    r"""Weights, norms, contributions and cosines of the last update, per task and in sum.
 
-    Per task i: ``weight/i``, :math:`\lambda_i` as applied; ``norm/i``, :math:`g_i`; ``share/i``,
-    :math:`g_i / \sum_j g_j`; ``contribution/i``, :math:`\lambda_i g_i`. Over the tasks:
-    ``gradient_ratio``, :math:`\max g / \min g`; ``imbalance``,
-    :math:`\max \lambda g / \min \lambda g`, 1 where the tasks pull equally; both infinite where
-    only the smaller one is zero, 1 where both are. Tasks of weight 0 do not enter the imbalance.
-    And ``nonfinite_count``, the rejected measurements, and ``since_measured``, the updates since
-    the last accepted one, 0 if there was none.
+    Those of :func:`task_metrics`, and ``nonfinite_count``, the rejected measurements, and
+    ``since_measured``, the updates since the last accepted one, 0 if there was none.
 
-    It may be called under ``jit``.
+    Any logger takes the dict as it is: ``wandb.log(metrics)``, ``json.dumps(metrics)``, or
+    ``writer.add_scalar(key, value, step)`` of tensorboardX for each item. (JSON has no infinity;
+    Python writes a ratio that is infinite as ``Infinity``.)
 
     Args:
       opt_state: any pytree that holds a :class:`gaba_jax.BalanceState`, found by its type. Where
@@ -32,7 +32,8 @@ def balance_metrics(
       task_names: K names, default the positions; see :func:`gaba_jax.task_names`.
 
     Returns:
-      A flat dict of scalars (shape []).
+      A flat dict of Python numbers, which waits for the update; under ``jit``, of scalar arrays
+      (shape []).
 
     Raises:
       ValueError: there is no BalanceState, or the number of names is not K.
@@ -62,41 +63,94 @@ def balance_metrics(
     metrics: dict[str, Array] = {}
     for path, state in found:
         prefix = path_name(path).replace(".", "/") + "/" if len(found) > 1 else ""
-        for key, value in _metrics_of(state, task_names).items():
-            metrics[prefix + key] = value
-    return metrics
-
-
-def _metrics_of(state: BalanceState, task_names: Sequence[str] | None) -> dict[str, Array]:
-    weights, norms = jnp.asarray(state.task_weights), jnp.asarray(state.task_norms)
-    names = [str(i) for i in range(norms.shape[0])] if task_names is None else list(task_names)
-    if len(set(names)) != norms.shape[0]:
-        raise ValueError(
-            f"task_names must be {norms.shape[0]} different names, one per task; got {names}."
+        # Inside an nnx.Optimizer the fields are variables.
+        cosines = None if state.task_cosines is None else jnp.asarray(state.task_cosines)
+        of_state = task_metrics(
+            jnp.asarray(state.task_weights),
+            jnp.asarray(state.task_norms),
+            task_names,
+            task_cosines=cosines,
         )
-    total = jnp.sum(norms)
-    vectors = {
+        of_state["nonfinite_count"] = jnp.asarray(state.nonfinite_count)
+        of_state["since_measured"] = jnp.asarray(state.since_measured)
+        metrics |= {prefix + key: value for key, value in of_state.items()}
+    if any(isinstance(value, Tracer) for value in metrics.values()):
+        return dict(metrics)
+    return {key: value.item() for key, value in jax.device_get(metrics).items()}
+
+
+def task_metrics(
+    task_weights: ArrayLike,
+    task_norms: ArrayLike,
+    task_names: Sequence[str] | None = None,
+    *,
+    task_cosines: ArrayLike | None = None,
+) -> dict[str, Float[Array, "..."]]:
+    r"""The metrics of recorded weights and norms, of one update or of many at once.
+
+    Per task i: ``weight/i``, :math:`\lambda_i` as applied; ``norm/i``, :math:`g_i`; ``share/i``,
+    :math:`g_i / \sum_j g_j`; ``contribution/i``, :math:`\lambda_i g_i`. Over the tasks:
+    ``gradient_ratio``, :math:`\max g / \min g`; ``imbalance``,
+    :math:`\max \lambda g / \min \lambda g`, 1 where the tasks pull equally; both infinite where
+    only the smaller one is zero, 1 where both are. Tasks of weight 0 do not enter the imbalance.
+    With cosines, as rules on the Gramian measure them: ``cosine/i/j`` per pair of tasks, and
+    ``conflict_rate``, the part of the pairs whose cosine is negative.
+
+    Args:
+      task_weights: [..., K], ``BalanceState.task_weights``.
+      task_norms: [..., K], ``BalanceState.task_norms``.
+      task_names: K names, default the positions.
+      task_cosines: [..., K, K], ``BalanceState.task_cosines``; default None, not measured.
+
+    Returns:
+      A flat dict of arrays [...], scalars for one update.
+
+    Raises:
+      ValueError: the number of names is not K, or two are the same.
+
+    Example:
+      >>> from gaba_jax import monitor
+      >>> metrics = monitor.task_metrics([[0.5, 0.5], [0.1, 0.9]], [[9.0, 1.0], [9.0, 1.0]])
+      >>> print(metrics["gradient_ratio"], metrics["imbalance"].round(3))
+      [9. 9.] [9. 1.]
+    """
+    weights, norms = jnp.asarray(task_weights), jnp.asarray(task_norms)
+    num_tasks = norms.shape[-1]
+    names = [str(i) for i in range(num_tasks)] if task_names is None else list(task_names)
+    if len(names) != num_tasks or len(set(names)) != num_tasks:
+        raise ValueError(
+            f"task_names must be {num_tasks} different names, one per task; got {names}."
+        )
+    total = jnp.sum(norms, axis=-1, keepdims=True)
+    contributions = weights * norms
+    per_task = {
         "weight": weights,
         "norm": norms,
         "share": norms / jnp.where(total > 0, total, 1),
-        "contribution": weights * norms,
+        "contribution": contributions,
     }
     metrics = {
-        f"{key}/{name}": vector[i]
-        for key, vector in vectors.items()
+        f"{key}/{name}": values[..., i]
+        for key, values in per_task.items()
         for i, name in enumerate(names)
     }
-    metrics["gradient_ratio"] = _ratio(norms)
+    metrics["gradient_ratio"] = largest_to_smallest(norms)
     # An absent task was left out; it does not make the others unbalanced.
-    applied = jnp.abs(weights) > 0
-    contributions = jnp.abs(weights * norms)
-    metrics["imbalance"] = _ratio(jnp.where(applied, contributions, jnp.max(contributions)))
-    metrics["nonfinite_count"] = jnp.asarray(state.nonfinite_count)
-    metrics["since_measured"] = jnp.asarray(state.since_measured)
+    applied, strength = jnp.abs(weights) > 0, jnp.abs(contributions)
+    largest = jnp.max(strength, axis=-1, keepdims=True)
+    metrics["imbalance"] = largest_to_smallest(jnp.where(applied, strength, largest))
+    if task_cosines is not None:
+        cosines = jnp.asarray(task_cosines)
+        pairs = list(itertools.combinations(range(num_tasks), 2))
+        for i, j in pairs:
+            metrics[f"cosine/{names[i]}/{names[j]}"] = cosines[..., i, j]
+        conflicts = [(cosines[..., i, j] < 0).astype(jnp.float32) for i, j in pairs]
+        metrics["conflict_rate"] = sum(conflicts, jnp.zeros(norms.shape[:-1])) / max(len(pairs), 1)
     return metrics
 
 
-def _ratio(values: Float[Array, " tasks"]) -> Float[Array, ""]:
-    largest, smallest = jnp.max(values), jnp.min(values)
+def largest_to_smallest(values: Float[Array, "*batch tasks"]) -> Float[Array, "*batch"]:
+    """Infinite where only the smallest is zero, 1 where all are."""
+    largest, smallest = jnp.max(values, axis=-1), jnp.min(values, axis=-1)
     ratio = largest / jnp.where(smallest > 0, smallest, 1)
     return jnp.where(smallest > 0, ratio, jnp.where(largest > 0, jnp.inf, 1))

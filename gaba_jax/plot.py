@@ -1,17 +1,281 @@
 """Pictures of a balanced run, as matplotlib Figures. Nothing here calls ``show``.
 
+Each is 4 inches wide, to be read at 400 pixels; :func:`balance_history` has three panels side by
+side, for a page. Save one with ``figure.savefig("weights.png", dpi=200)``.
+
 Needs the extra ``turbofan`` (matplotlib).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-# Okabe and Ito's palette: told apart under every kind of colour blindness.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from gaba_jax import _drawing as drawing
+from gaba_jax import controller
+from gaba_jax._diagnosis import shortened
+from gaba_jax._drawing import COLORS
+
+
+@drawing.styled
+def weights(
+    task_weights: ArrayLike, task_names: Sequence[str], *, steps: ArrayLike | None = None
+) -> Figure:
+    """The task weights over the updates.
+
+    Args:
+      task_weights: [T, K], ``BalanceState.task_weights`` after each update.
+      task_names: K names for the legend.
+      steps: [T], the numbers of the updates, default 1 to T.
+
+    Returns:
+      A Figure with one panel.
+
+    Raises:
+      ValueError: the shapes or the number of names do not fit.
+
+    Example:
+      >>> import numpy as np
+      >>> from gaba_jax import plot
+      >>> figure = plot.weights(np.full((10, 2), 0.5), ["rul", "health"])
+      >>> figure.axes[0].get_ylabel()
+      'task weight'
+    """
+    (values,), at = drawing.over_steps({"task_weights": task_weights}, task_names, steps)
+    figure, (axes,) = drawing.panels(1)
+    for i in range(len(task_names)):
+        axes.plot(at, values[:, i], linewidth=1.5, **drawing.line(i))
+    axes.set(ylabel="task weight", xlabel="update")
+    if values.min() >= 0 and 0.5 <= values.max() <= 1:
+        axes.set_ylim(0, 1)
+    drawing.legend(figure, axes, task_names)
+    return figure
+
+
+@drawing.styled
+def norms(
+    task_norms: ArrayLike, task_names: Sequence[str], *, steps: ArrayLike | None = None
+) -> Figure:
+    """The gradient norms and the ratio of the largest to the smallest, on log axes.
+
+    Every update faint, and the medians of 50 blocks of updates. Zeros leave gaps.
+
+    Args:
+      task_norms: [T, K], ``BalanceState.task_norms`` after each update.
+      task_names: K names for the legend.
+      steps: [T], the numbers of the updates, default 1 to T.
+
+    Returns:
+      A Figure with two panels, one above the other.
+
+    Raises:
+      ValueError: the shapes or the number of names do not fit.
+    """
+    (values,), at = drawing.over_steps({"task_norms": task_norms}, task_names, steps)
+    figure, (above, below) = drawing.panels(2)
+    for i in range(len(task_names)):
+        drawing.faint_and_smooth(above, at, drawing.positive(values[:, i]), **drawing.line(i))
+    drawing.faint_and_smooth(below, at, drawing.ratio(values), color=COLORS[6])
+    above.set(ylabel="gradient norm", yscale="log")
+    below.set(ylabel="largest / smallest", yscale="log", xlabel="update")
+    drawing.legend(figure, above, task_names)
+    return figure
+
+
+@drawing.styled
+def contributions(
+    task_norms: ArrayLike,
+    task_weights: ArrayLike,
+    task_names: Sequence[str],
+    *,
+    steps: ArrayLike | None = None,
+) -> Figure:
+    r"""How hard each task pulls, before and after weighting, on log axes of one range.
+
+    Before: :math:`g_i / K`, what equal weights would make of the norms. After:
+    :math:`\lambda_i g_i`, as applied.
+
+    Args:
+      task_norms: [T, K], ``BalanceState.task_norms`` after each update.
+      task_weights: [T, K], ``BalanceState.task_weights`` likewise.
+      task_names: K names for the legend.
+      steps: [T], the numbers of the updates, default 1 to T.
+
+    Returns:
+      A Figure with two panels, one above the other.
+
+    Raises:
+      ValueError: the shapes or the number of names do not fit.
+    """
+    (pulls, factors), at = drawing.over_steps(
+        {"task_norms": task_norms, "task_weights": task_weights}, task_names, steps
+    )
+    figure, (before, after) = drawing.panels(2, sharey=True)
+    for i in range(len(task_names)):
+        pull = drawing.positive(pulls[:, i])
+        drawing.faint_and_smooth(before, at, pull / len(task_names), **drawing.line(i))
+        drawing.faint_and_smooth(
+            after, at, drawing.positive(pull * factors[:, i]), **drawing.line(i)
+        )
+    before.set(ylabel="equal weights", yscale="log")
+    after.set(ylabel="as weighted", yscale="log", xlabel="update")
+    figure.supylabel("weight x gradient norm", fontsize=9)
+    drawing.legend(figure, before, task_names)
+    return figure
+
+
+@drawing.styled
+def shares(
+    task_norms: ArrayLike,
+    task_weights: ArrayLike,
+    task_names: Sequence[str],
+    *,
+    reference: ArrayLike | None = None,
+    steps: ArrayLike | None = None,
+) -> Figure:
+    r"""The tasks' shares of the norms and of the contributions, against their reference.
+
+    In the words of :mod:`gaba_jax.controller`: what is measured, :math:`s_i = g_i / \sum_j g_j`,
+    and what control makes of it, :math:`\lambda_i g_i / \sum_j \lambda_j g_j`. Dashed the set
+    point, on which the shares of the contributions lie at balance.
+
+    Args:
+      task_norms: [T, K], ``BalanceState.task_norms`` after each update.
+      task_weights: [T, K], ``BalanceState.task_weights`` likewise.
+      task_names: K names for the legend.
+      reference: [K] wanted shares, default 1/K each.
+      steps: [T], the numbers of the updates, default 1 to T.
+
+    Returns:
+      A Figure with two panels, one above the other.
+
+    Raises:
+      ValueError: the shapes or the number of names do not fit.
+    """
+    (pulls, factors), at = drawing.over_steps(
+        {"task_norms": task_norms, "task_weights": task_weights}, task_names, steps
+    )
+    num_tasks = len(task_names)
+    wanted = np.full(num_tasks, 1 / num_tasks) if reference is None else np.asarray(reference)
+    if wanted.shape != (num_tasks,):
+        raise ValueError(
+            f"reference must be [{num_tasks}] shares, one per task; got shape {wanted.shape}."
+        )
+    figure, panels = drawing.panels(2)
+    labels = ("share of norms", "share of contributions")
+    for axes, values, label in zip(panels, (pulls, np.abs(pulls * factors)), labels, strict=True):
+        parts = np.asarray(controller.share(values))
+        for i in range(num_tasks):
+            drawing.faint_and_smooth(axes, at, parts[:, i], **drawing.line(i))
+        for level in np.unique(wanted):
+            axes.axhline(level, color="0.35", linestyle=(0, (4, 3)), linewidth=1, zorder=3)
+        axes.set(ylabel=label, ylim=(-0.02, 1.02))
+    panels[-1].set_xlabel("update")
+    lines = panels[0].lines  # two a task, then the reference
+    strong = lines[1 : 2 * num_tasks : 2]
+    drawing.legend(figure, panels[0], [*task_names, "reference"], [*strong, lines[2 * num_tasks]])
+    return figure
+
+
+@drawing.styled
+def cosine_matrix(task_cosines: ArrayLike, task_names: Sequence[str]) -> Figure:
+    """The cosines between the task gradients: blue where tasks agree, red where they oppose.
+
+    Args:
+      task_cosines: [K, K], such as ``BalanceState.task_cosines``, or of a
+        :class:`gaba_jax.Diagnosis` the median over the batches.
+      task_names: K names for rows and columns.
+
+    Returns:
+      A Figure with one panel and its scale. Up to 8 tasks the numbers are in the cells.
+
+    Raises:
+      ValueError: the shape or the number of names does not fit.
+
+    Example:
+      >>> from gaba_jax import plot
+      >>> figure = plot.cosine_matrix([[1.0, -0.3], [-0.3, 1.0]], ["rul", "health"])
+      >>> [text.get_text() for text in figure.axes[0].texts]
+      ['1.00', '-0.30', '-0.30', '1.00']
+    """
+    cosines, num_tasks = np.asarray(task_cosines, float), len(task_names)
+    if cosines.shape != (num_tasks, num_tasks):
+        raise ValueError(
+            f"task_cosines must be [K, K] with K = {num_tasks} names {tuple(task_names)}; got "
+            f"shape {cosines.shape}."
+        )
+    figure = Figure(figsize=(drawing.WIDTH, 3.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
+    names = [shortened(name, 14) for name in task_names]
+    axes.set(xticks=range(num_tasks), yticks=range(num_tasks), yticklabels=names)
+    upright = sum(map(len, names)) <= 24
+    axes.set_xticklabels(names, rotation=0 if upright else 90)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    if num_tasks <= 8:
+        for (row, column), value in np.ndenumerate(cosines):
+            color = "white" if abs(value) > 0.6 else "black"
+            size = 9 if num_tasks <= 5 else 7
+            text = f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+    figure.colorbar(image, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
+    return figure
+
+
+@drawing.styled
+def step_response(beta: float = 0.99, *, start: float = 0.0, target: float = 1.0) -> Figure:
+    """How the average follows a jump of its input; :func:`gaba_jax.controller.step_response`.
+
+    Marked are half of the way, the time constant (63 %) and the settling within 2 %.
+
+    Args:
+      beta: decay of the average in (0, 1), default 0.99.
+      start: the average before the jump, default 0.
+      target: the new input, default 1.
+
+    Returns:
+      A Figure with one panel.
+
+    Raises:
+      ValueError: ``beta`` is not in (0, 1), or ``start`` equals ``target``.
+
+    Example:
+      >>> from gaba_jax import plot
+      >>> figure = plot.step_response(0.9, start=0.5, target=0.05)
+      >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()][-1]
+      '98 %: 38 updates'
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"{beta=} must be in (0, 1): without an average there is no response.")
+    if start == target:
+        raise ValueError(f"{start=} equals target={target}: there is no jump to follow.")
+    settled = int(controller.settling_steps(beta))
+    at = np.linspace(0, 1.3 * settled, 400)
+
+    def response(updates: Any) -> np.ndarray:
+        values = controller.step_response(updates, start=start, target=target, beta=beta)
+        return np.asarray(values)
+
+    figure, (axes,) = drawing.panels(1)
+    axes.plot(at, response(at), color=COLORS[0], linewidth=1.5, label=f"average, beta = {beta:g}")
+    axes.axhline(
+        target, color="0.35", linestyle=(0, (4, 3)), linewidth=1, zorder=1, label="new input"
+    )
+    marked = [
+        ("50 %", float(controller.half_life(beta)), "o", COLORS[2]),
+        ("63 %", float(controller.time_constant(beta)), "s", COLORS[3]),
+        ("98 %", float(settled), "^", COLORS[1]),
+    ]
+    for part, update, marker, color in marked:
+        label = f"{part}: {update:.3g} updates"
+        axes.plot([update], [response(update)], marker, color=color, zorder=3, label=label)
+    axes.set(xlabel="updates since the jump", ylabel="average")
+    axes.margins(x=0, y=0.08)
+    axes.legend(loc="lower right" if target > start else "upper right")
+    return figure
 
 
 def balance_history(
@@ -25,7 +289,7 @@ def balance_history(
       task_names: K names for the legends.
 
     Returns:
-      A Figure with three panels.
+      A Figure with three panels side by side, 10 inches wide.
 
     Raises:
       ValueError: the shapes or the number of names do not fit.
@@ -38,24 +302,22 @@ def balance_history(
       >>> [axes.get_ylabel() for axes in figure.axes]
       ['gradient norm', 'largest / smallest', 'task weight']
     """
-    norms, weights = np.asarray(task_norms, float), np.asarray(task_weights, float)
-    if norms.ndim != 2 or norms.shape != weights.shape or norms.shape[1] != len(task_names):
-        raise ValueError(
-            f"task_norms and task_weights must be [T, K] with K = {len(task_names)} names "
-            f"{tuple(task_names)}; got shapes {norms.shape} and {weights.shape}."
-        )
+    (norms, weights), steps = drawing.over_steps(
+        {"task_norms": task_norms, "task_weights": task_weights}, task_names, None
+    )
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     norm_axes, ratio_axes, weight_axes = figure.subplots(1, 3)
-    steps = np.arange(1, len(norms) + 1)
-    for i, name in enumerate(task_names):
-        color = COLORS[i % len(COLORS)]
-        _faint_and_smooth(norm_axes, steps, norms[:, i], color, name)
-        weight_axes.plot(steps, weights[:, i], color=color, label=name, linewidth=2)
+    shown = [shortened(name, 24) for name in task_names]
+    for i, name in enumerate(shown):
+        drawing.faint_and_smooth(
+            norm_axes, steps, drawing.positive(norms[:, i]), label=name, **drawing.line(i)
+        )
+        weight_axes.plot(steps, weights[:, i], label=name, linewidth=2, **drawing.line(i))
     for values, color, label in [
         (norms, COLORS[6], "gradients"),
         (norms * weights, COLORS[2], "weighted"),
     ]:
-        _faint_and_smooth(ratio_axes, steps, _ratio(values), color, label)
+        drawing.faint_and_smooth(ratio_axes, steps, drawing.ratio(values), color=color, label=label)
     norm_axes.set(ylabel="gradient norm", yscale="log")
     ratio_axes.set(ylabel="largest / smallest", yscale="log")
     weight_axes.set(ylabel="task weight", ylim=(0, 1))
@@ -63,25 +325,6 @@ def balance_history(
         axes.set_xlabel("update")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        columns = 2 if axes is ratio_axes else drawing.columns(shown, 3.0)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     return figure
-
-
-def _faint_and_smooth(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
-) -> None:
-    """The raw curve, faint, under its running median; zeros have no place on a log axis."""
-    values = np.where(values > 0, values, np.nan)
-    axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.5)
-    width = max(len(values) // 50, 1)
-    usable = len(values) - len(values) % width
-    blocks = values[:usable].reshape(-1, width)
-    filled = ~np.isnan(blocks).all(axis=1)
-    centers = steps[:usable].reshape(-1, width).mean(axis=1)[filled]
-    axes.plot(centers, np.nanmedian(blocks[filled], axis=1), color=color, label=label, linewidth=2)
-
-
-def _ratio(values: np.ndarray) -> np.ndarray:
-    """Largest over smallest per row, NaN where that is not a number."""
-    smallest = values.min(axis=1)
-    return np.where(smallest > 0, values.max(axis=1) / np.where(smallest > 0, smallest, 1), np.nan)

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gaba_jax import cli
 from gaba_jax.turbofan import metrics
@@ -92,6 +93,73 @@ def test_checkpoints_are_not_replaced_unasked_and_overwrite_removes_them(tmp_pat
     assert "holds an earlier run. Name another --out, or" in capsys.readouterr().err
 
 
+def read_events(folder):
+    """{tag: [(step, value), ...]}, by TensorBoard's own reader."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_reads_every_update_and_every_epoch(tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", *SMALL, "--warmup-steps", 0, "--out", out, "--tensorboard"]
+    assert run(*arguments) == 0
+    events = read_events(out / "tensorboard")
+    summary = json.loads((out / "summary.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    updates = summary["updates"]
+    per_task = ("loss", "weight", "norm", "share", "contribution")
+    every_update = {f"{key}/{task}" for key in per_task for task in ("rul", "health")}
+    every_update |= {"gradient_ratio", "imbalance"}
+    finite = {key for key, value in lines[0].items() if value is not None and key != "epoch"}
+    assert set(events) == every_update | {f"epoch/{key}" for key in finite}
+    for tag in every_update:
+        assert [step for step, _ in events[tag]] == list(range(1, updates + 1))
+    for epoch, line in enumerate(lines, 1):
+        last = epoch * updates // 2
+        for key in finite:
+            step, value = events[f"epoch/{key}"][epoch - 1]
+            assert step == last
+            np.testing.assert_allclose(value, line[key], rtol=1e-6)
+        for key in every_update - {"loss/rul", "loss/health"}:  # of the epoch's last update
+            np.testing.assert_allclose(events[key][last - 1][1], line[key], rtol=1e-5)
+        for task in ("rul", "health"):
+            losses = [value for _, value in events[f"loss/{task}"][last - updates // 2 : last]]
+            np.testing.assert_allclose(np.mean(losses), line[f"loss/{task}"], rtol=1e-5)
+    assert run("train", *SMALL, "--out", out, "--overwrite") == 0
+    assert not (out / "tensorboard").exists()
+
+
+def test_a_resumed_run_has_each_event_once(tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", *SMALL, "--out", out, "--tensorboard", "--checkpoint-every", 1000]
+    assert run(*arguments) == 0
+    before = read_events(out / "tensorboard")
+    assert run(*arguments, "--resume") == 0
+    assert read_events(out / "tensorboard") == before
+
+
+def test_diagnose_prints_a_table_and_a_recommendation(capsys):
+    small = ["--stride", 20, "--batches", 2, "--batch-size", 64]
+    assert run("diagnose", *small, "--leaves") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for part in (
+        "2 tasks, medians over 2 batches; shared: 8 of 12 leaves",
+        "gradient ratio, largest / smallest norm: median",
+        "conflict rate, cosine < 0",
+        "Recommendation: balance the tasks",
+        "'rul' pulls",
+    ):
+        assert part in out
+    (kernel,) = (line for line in out.splitlines() if line.startswith("rul_head.kernel"))
+    _, shape, shared, rul, health = kernel.split()
+    assert (shape, shared, health) == ("32x1", "no", "0")
+    assert float(rul) > 0
+
+
 def test_an_infinite_score_is_null_and_loses_nothing(tmp_path):
     config = TrainConfig(epochs=1, stride=10)
     data = load_data(config)
@@ -146,6 +214,9 @@ def test_simulate_then_train_on_it(tmp_path, capsys):
         (["simulate", "somewhere", "--conditions", "3"], "conditions"),
         (["train", "--checkpoint-every", "5"], "--checkpoint-every 5 needs a folder: pass --out"),
         (["train", "--out", "o", "--checkpoint-every", "0"], "checkpoint_every=0 must be at least"),
+        (["train", "--tensorboard"], "--tensorboard needs a folder: pass --out"),
+        (["diagnose", "--batches", "0"], "batches=0 of batch_size=128 must be at least one each"),
+        (["diagnose", "--shared", "trunk", "--batch-size", "8"], "'trunk' matches no parameter"),
         (["train", "--out", "o", "--resume"], "--resume goes on from checkpoints: pass"),
         (
             ["train", "--out", "o", "--checkpoint-every", "5", "--resume", "--overwrite"],
@@ -175,7 +246,10 @@ def test_an_unknown_word_lists_the_choices(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["simulate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["simulate", "--help"], ["diagnose", "--help"]],
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)

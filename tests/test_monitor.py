@@ -1,13 +1,17 @@
 """balance_metrics: what it says and where it finds it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorboardX
 from flax import nnx
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gaba_jax import balance, balance_metrics, gaba, weighting
+from gaba_jax import balance, balance_metrics, gaba, monitor, weighting
 
 GRADS = {"w": jnp.array([[3.0, 4.0], [0.0, 0.01]])}
 PARAMS = {"w": jnp.zeros(2)}
@@ -61,8 +65,89 @@ def test_inside_nnx_optimizer():
     assert balance_metrics(optimizer.opt_state)["weight/0"] == 0.5
 
 
+@pytest.fixture
+def of_three():
+    """The state of a rule on the Gramian: the first two tasks agree, the third opposes both."""
+    tx = balance(weighting.upgrad(3))
+    grads = {"w": jnp.array([[3.0, 4.0], [4.0, 3.0], [-0.6, -0.8]])}
+    return tx.update(grads, tx.init(PARAMS), PARAMS)[1]
+
+
+NAMES = ["rul", "health", "wear"]
+
+
+def test_cosines_and_conflicts_of_a_rule_on_the_gramian(of_three):
+    metrics = balance_metrics(of_three, NAMES)
+    found = {key: value for key, value in metrics.items() if key.startswith("cosine/")}
+    expected = {"rul/health": 0.96, "rul/wear": -1.0, "health/wear": -0.96}
+    assert set(found) == {f"cosine/{pair}" for pair in expected}
+    for pair, value in expected.items():
+        np.testing.assert_allclose(found[f"cosine/{pair}"], value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["conflict_rate"], 2 / 3, rtol=1e-6)
+    tx = balance(weighting.upgrad(2))
+    assert balance_metrics(tx.init(PARAMS))["conflict_rate"] == 0  # nothing measured yet
+
+
+def test_a_history_at_once(of_three):
+    """task_metrics on [T, K] says of each update what balance_metrics says."""
+    other = of_three._replace(
+        task_weights=of_three.task_weights[::-1], task_norms=2 * of_three.task_norms
+    )
+    weights, norms, cosines = (
+        jnp.stack([getattr(state, name) for state in (of_three, other)])
+        for name in ("task_weights", "task_norms", "task_cosines")
+    )
+    curves = monitor.task_metrics(weights, norms, NAMES, task_cosines=cosines)
+    for update, state in enumerate((of_three, other)):
+        metrics = balance_metrics(state, NAMES)
+        assert set(metrics) - set(curves) == {"nonfinite_count", "since_measured"}
+        for key, curve in curves.items():
+            assert curve.shape == (2,)
+            np.testing.assert_allclose(curve[update], metrics[key], rtol=1e-6)
+
+
+def test_tensorboardx_takes_them_and_tensorboard_reads_them(of_three, tmp_path):
+    metrics = balance_metrics(of_three, NAMES)
+    with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
+        for key, value in metrics.items():
+            writer.add_scalar(key, value, 7)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(metrics)
+    for key, value in metrics.items():
+        (event,) = events.Scalars(key)
+        assert event.step == 7
+        np.testing.assert_allclose(event.value, value, rtol=1e-6)
+
+
+def test_a_run_that_logs_flat_numbers_takes_them(of_three):
+    logged = {}
+
+    class Run:
+        """As strict as a logger can be."""
+
+        def log(self, data):
+            for key, value in data.items():
+                assert type(key) is str
+                assert type(value) in (int, float), key
+            logged.update(data)
+
+    Run().log(balance_metrics(of_three, NAMES))
+    assert logged["since_measured"] == 1
+
+
+def test_a_line_of_json(of_three):
+    metrics = balance_metrics(of_three, NAMES)
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    traced = jax.jit(lambda state: balance_metrics(state, NAMES))(of_three)
+    assert all(isinstance(value, jax.Array) for value in traced.values())
+    for key, value in metrics.items():
+        np.testing.assert_allclose(traced[key], value, rtol=1e-6)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="no BalanceState"):
         balance_metrics(optax.adam(1e-3).init(PARAMS))
     with pytest.raises(ValueError, match="must be 2 different names"):
         balance_metrics(gaba().init(PARAMS), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="must be 2 different names"):
+        balance_metrics(gaba().init(PARAMS), ["a", "b", "b"])

@@ -183,7 +183,7 @@ def make_losses_fn(graph: Any, config: TrainConfig) -> Callable[..., tuple[jax.A
     """``(params, batch) -> (RUL loss, health loss)`` of the model with this nnx graph."""
     rul_loss = mean_squared_error if config.loss == "mse" else failure_biased_squared_error
 
-    def losses_fn(params: Params, batch: Split) -> tuple[jax.Array, jax.Array]:
+    def losses_fn(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         rul, logits = nnx.merge(graph, params)(batch.windows)
         return rul_loss(rul, batch.rul), cross_entropy(logits, batch.health)
 

@@ -1,0 +1,52 @@
+"""What the gradients of the two turbofan tasks look like before training."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gaba_jax import Diagnosis, diagnose, only
+from gaba_jax.turbofan.data import TurbofanData
+from gaba_jax.turbofan.model import CompactModel
+from gaba_jax.turbofan.train import TASKS, TrainConfig, make_losses_fn
+
+
+def diagnose_run(data: TurbofanData, config: TrainConfig, num_batches: int = 8) -> Diagnosis:
+    """Diagnoses the compact model on the first batches that a run would train on.
+
+    Args:
+      data: the engines, from :func:`gaba_jax.turbofan.train.load_data`.
+      config: of the run; its ``batch_size``, ``loss``, ``seed``, ``shared`` and ``measure_on`` are
+        read.
+      num_batches: how many, default 8.
+
+    Returns:
+      A :class:`gaba_jax.Diagnosis` of the parameters that the run would start from.
+
+    Raises:
+      ValueError: there are not as many batches in an epoch, or as :func:`gaba_jax.diagnose`.
+
+    Example:
+      >>> from gaba_jax.turbofan.diagnosis import diagnose_run
+      >>> from gaba_jax.turbofan.train import TrainConfig, load_data
+      >>> config = TrainConfig(stride=20)
+      >>> diagnose_run(load_data(config), config, num_batches=2).recommendation
+      'balance the tasks'
+    """
+    num_windows, window, channels = data.train.windows.shape
+    if config.batch_size < 1 or not 1 <= num_batches <= num_windows // config.batch_size:
+        raise ValueError(
+            f"batches={num_batches} of batch_size={config.batch_size} must be at least one each, "
+            f"and together no more than the {num_windows} training windows."
+        )
+    graph, params = nnx.split(CompactModel(window, channels, rngs=nnx.Rngs(config.seed)), nnx.Param)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # of the first epoch
+    order = np.asarray(jax.random.permutation(key, num_windows))
+    rows = order[: num_batches * config.batch_size].reshape(num_batches, config.batch_size)
+    return diagnose(
+        make_losses_fn(graph, config),
+        params,
+        [(jax.tree.map(lambda column, of=of: column[of], data.train),) for of in rows],
+        shared=only(*config.shared) if config.shared else None,
+        measure_on=only(*config.measure_on) if config.measure_on else None,
+        task_names=TASKS,
+    )
