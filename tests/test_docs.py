@@ -1,0 +1,170 @@
+"""The documentation: every public name, pages that are reached, links that lead somewhere.
+
+Code on the pages runs as doctests; that the pages build without a warning is the build's to say.
+"""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gaba_jax
+from benchmarks import docs_pages, performance
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+
+
+def public_modules():
+    """The names of all modules, the package itself first."""
+    found = pkgutil.walk_packages(gaba_jax.__path__, "gaba_jax.")
+    names = [module.name for module in found]
+    return ["gaba_jax", *(n for n in names if not re.search(r"\._", n))]
+
+
+def public_names(module):
+    """``__all__``; without one the functions, classes and constants that the module defines."""
+    imported = importlib.import_module(module)
+    if hasattr(imported, "__all__"):
+        return set(imported.__all__)
+    found = set()
+    for node in ast.parse(inspect.getsource(imported)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if target.id.isupper()}
+    return {name for name in found if not name.startswith("_")}
+
+
+def documented():
+    """What the pages api*.md document: full names, and the modules that hold them."""
+    names, modules = [], []
+    for page in (text for name, text in PAGES.items() if name.startswith("api")):
+        current = None
+        for kind, name in re.findall(r"^\.\. (?:auto|py:)?(\w+):: ([\w.]+)", page, re.MULTILINE):
+            if kind in ("module", "currentmodule"):
+                current = name
+                modules += [name] * (kind == "module")
+            else:
+                names.append(f"{current}.{name}")
+    return names, modules
+
+
+def test_the_reference_is_complete():
+    names, modules = documented()
+    assert len(names) == len(set(names))
+    assert sorted(modules) == sorted(public_modules())
+    expected = {f"{module}.{name}" for module in public_modules() for name in public_names(module)}
+    without_entry = sorted(expected - {*names, *modules})
+    assert without_entry == []
+    not_public = sorted(set(names) - expected)
+    assert not_public == []
+
+
+def test_the_reference_is_more_than_a_few_names():
+    """The two sides of the comparison are not empty."""
+    assert len(documented()[0]) > 100
+    assert {"gaba", "weighting"} <= public_names("gaba_jax")
+    assert "TASKS" in public_names("gaba_jax.turbofan.train")
+
+
+def toctrees(page):
+    """Entries of the toctrees of a page."""
+    for block in re.findall(r"```{toctree}\n(.*?)```", page, re.DOTALL):
+        for line in block.splitlines():
+            if line and not line.startswith(":"):
+                yield line.strip()
+
+
+def test_every_page_is_reached():
+    reached, todo = set(), ["index"]
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        entries = [entry for entry in toctrees(PAGES[f"{name}.md"]) if "*" not in entry]
+        todo += [entry for entry in entries if entry not in reached]
+    assert {f"{name}.md" for name in reached} == set(PAGES)
+
+
+def slugs(page):
+    """Anchors of the headings, as GitHub and MyST make them."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = re.sub(r"```.*?```|`[^`\n]*`", "", PAGES[name], flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = DOCS / (path or name)
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in slugs(target.read_text()), link
+
+
+def test_includes_find_their_markers():
+    included = 0
+    for page in PAGES.values():
+        for block in re.findall(r"```{include} \.\./README\.md\n(.*?)```", page, re.DOTALL):
+            readme = (ROOT / "README.md").read_text()
+            start, end = re.findall(r"^:(?:start-after|end-before): \"?(.*?)\"?$", block, re.M)
+            assert end in readme.partition(start)[2], (start, end)
+            included += 1
+    assert included == 3
+
+
+def test_measured_tables():
+    for name, parts in docs_pages.tables().items():
+        for start, table in parts.items():
+            assert start + table + docs_pages.END in PAGES[name]
+
+
+def test_what_is_said_of_the_measurements():
+    exported = performance.read("lowering")["exported"]
+    calls = [calls for paths in exported.values() for on in paths.values() for calls in on.values()]
+    assert calls
+    assert not any(calls)
+    results = performance.read("overhead")["results"]
+    for model in performance.MODELS:
+        times = {path: row["time"] for path, row in results[model]["2"].items()}
+        assert times["stacked"] < min(times["exact"], times["exact, ghost norms"])
+
+
+@pytest.mark.parametrize("peer", ["GABALoss", "TorchJD"])
+def test_the_listings_of_pytorch_do_what_ours_do(peer):
+    """Both sides of docs/migrate.md, from the same parameters."""
+    pytest.importorskip("torchjd")
+    pytest.importorskip("quadprog")  # its solver
+    sections = re.split(r"^## ", PAGES["migrate.md"], flags=re.MULTILINE)
+    listings = next(s for s in sections if s.strip("`").startswith(peer))
+    names = {}
+    parse = doctest.DocTestParser().get_examples
+    losses_fn = next(s for s in sections if s.startswith("`GABALoss`"))
+    for source in (sections[0], losses_fn if peer == "TorchJD" else "", listings):
+        for example in parse(source):
+            exec(example.source, names)
+    for listing in re.findall(r"```python\n(import torch\n.*?)```", listings, re.DOTALL):
+        exec(listing, names)
+    params = names["params"]
+    if peer == "GABALoss":
+        weights = names["optax"].tree.get(names["opt_state"], "task_weights")
+        np.testing.assert_allclose(names["criterion"].weights, weights, rtol=1e-4)
+        for key, value in names["ours"].items():
+            np.testing.assert_allclose(params[key].detach(), value, rtol=1e-4, atol=1e-5)
+    else:
+        np.testing.assert_allclose(names["weights"], names["state"].task_weights, rtol=1e-3)
+        for key, value in names["updates"].items():
+            np.testing.assert_allclose(params[key].grad, value, rtol=1e-3, atol=1e-3)
