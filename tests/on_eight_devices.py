@@ -7,6 +7,10 @@ device, and the collectives of the compiled step as [operation, bytes, execution
 
 import functools
 import json
+import os
+import pathlib
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -19,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.lowering import collectives, deviation
 from gaba_jax import balanced_value_and_grad, gaba, task_value_and_grad, weighting
 
+ROOT = pathlib.Path(__file__).parent.parent
 K, STEPS, BATCH, WIDTH = 2, 20, 16, 16
 RULE = functools.partial(weighting.gaba, K, warmup_steps=2, beta=0.9)
 PATHS = ("plain", "stacked", "exact", "lagged")
@@ -47,6 +52,21 @@ LAYOUTS = {
         {"data": 2, "model": 4}, P(None, "model"), P("data"), AxisType.Explicit, hidden=P("data")
     ),
 }
+
+
+def of_process(*arguments):
+    """What Python, called with these arguments in a process of its own, prints as JSON."""
+    # LLVM's optimisation comes after the partitioning and takes most of the time.
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def init():

@@ -3,7 +3,6 @@
 A rule is known by its first parameter, so a new one in `weighting.__all__` is tested with the rest.
 """
 
-import contextlib
 import functools
 import inspect
 import os
@@ -28,6 +27,7 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
+from tests.debugging import MODES
 
 K = 3
 STEPS = 4  # of which a warm-up takes one or two
@@ -313,19 +313,6 @@ def test_leaves_of_all_kinds(name, options):
     for dtype in ("bfloat16", "float16", "float32"):
         precision = 2 * float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(updates[dtype].astype(jnp.float32), expected, rtol=precision)
-
-
-@contextlib.contextmanager
-def runtime_checks():
-    with jax.debug_nans(True), jax.enable_checks(True):
-        yield
-
-
-MODES = {
-    "runtime_checks": runtime_checks,
-    "leaks": jax.checking_leaks,
-    "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

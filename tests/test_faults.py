@@ -1,7 +1,6 @@
 """Whole training runs in which something goes wrong, and the page that says what then happens."""
 
 import ast
-import contextlib
 import functools
 import gc
 import pathlib
@@ -23,6 +22,7 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
+from tests.debugging import MODES
 from tests.soak import SOAK
 
 K = 2
@@ -320,19 +320,6 @@ def test_complex_parameters_are_two_real_ones(name):
     expected = {key: jax.lax.complex(*pair) for key, pair in expected.items()}
     chex.assert_trees_all_close((params, *seen), (expected, *expected_seen), rtol=1e-4, atol=1e-5)
     assert 0.05 < state.task_weights[0] < 0.45
-
-
-@contextlib.contextmanager
-def runtime_checks():
-    with jax.debug_nans(True), jax.enable_checks(True):
-        yield
-
-
-MODES = {
-    "runtime_checks": runtime_checks,
-    "leaks": jax.checking_leaks,
-    "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

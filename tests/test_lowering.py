@@ -1,11 +1,5 @@
 """The steps lower for TPU and CUDA and for many devices, where they reduce what they should."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,8 +9,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
+from tests.on_eight_devices import of_process
 
-ROOT = pathlib.Path(__file__).parent.parent
 K, BATCH, PART, WIDE = 2, 512, 256, 1536  # wide enough beside the batch for norms="ghost"
 RULES = {"gaba": weighting.gaba, "inverse_norm": weighting.inverse_norm}
 
@@ -134,17 +128,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def on_eight_devices():
     """Collectives and deviations that benchmarks.lowering finds, in a process of 8 devices."""
-    # LLVM's optimisation comes after the partitioning and takes most of the time.
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return of_process("-c", COUNT)
 
 
 def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devices):

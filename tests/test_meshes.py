@@ -1,10 +1,5 @@
 """Placed in every way, a step is that of one device and moves no more than it should."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from collections import Counter
 
 import jax
@@ -14,9 +9,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gaba_jax import balanced_value_and_grad, weighting
-from tests.on_eight_devices import BATCH, LAYOUTS, PATHS, WIDTH, K, init, make_losses, make_step
+from tests.on_eight_devices import (
+    BATCH,
+    LAYOUTS,
+    PATHS,
+    WIDTH,
+    K,
+    init,
+    make_losses,
+    make_step,
+    of_process,
+)
 
-ROOT = pathlib.Path(__file__).parent.parent
 TRUNK, HEAD = 4 * 2 * WIDTH * WIDTH, 4 * WIDTH  # bytes; the heads are one vector each
 SMALL = 256  # bytes that norms and a whole vector may add
 ROWS = [(name, path) for name in [*LAYOUTS, "shard_map"] for path in PATHS]
@@ -25,17 +29,7 @@ ROWS += [("shard_map, unchecked", "plain"), ("shard_map, unchecked", "stacked")]
 
 @pytest.fixture(scope="module")
 def found():
-    # LLVM's optimisation comes after the partitioning and takes most of the time.
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.on_eight_devices"],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return of_process("-m", "tests.on_eight_devices")
 
 
 def total(collectives, operation):
