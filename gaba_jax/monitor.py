@@ -109,8 +109,10 @@ def task_metrics(
       ValueError: the number of names is not K, or two are the same.
 
     Example:
+      >>> import numpy as np
       >>> from gaba_jax import monitor
-      >>> metrics = monitor.task_metrics([[0.5, 0.5], [0.1, 0.9]], [[9.0, 1.0], [9.0, 1.0]])
+      >>> weights, norms = np.array([[0.5, 0.5], [0.1, 0.9]]), np.array([[9.0, 1.0], [9.0, 1.0]])
+      >>> metrics = monitor.task_metrics(weights, norms)
       >>> print(metrics["gradient_ratio"], metrics["imbalance"].round(3))
       [9. 9.] [9. 1.]
     """
