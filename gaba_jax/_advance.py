@@ -115,7 +115,7 @@ def advance(
             # A NaN counts as a gradient here: the leaf is measured, the measurement rejected. It
             # is not remembered as one, since it may have come from another task.
             pulls = leaf_norms != 0
-            measured &= jnp.sum(seen | pulls, axis=1) >= 2
+            measured &= seen_by_two(seen | pulls)
             seen = seen | (pulls & jnp.isfinite(leaf_norms))
         else:
             measured &= jnp.asarray(selection.shared, bool)
@@ -174,6 +174,11 @@ def advance(
     # The rule's own answer for those present, whatever is kept for the others.
     applied = jnp.where(accepted & (not lagged), answer, state.next_task_weights)
     return advanced._replace(task_weights=restrict(weighting, applied, usable))
+
+
+def seen_by_two(seen: Any) -> Any:
+    """[leaves] bool from [leaves, K] bool: on which two tasks or more have had a gradient."""
+    return seen.sum(axis=1) >= 2
 
 
 def is_due(state: BalanceState, every: int) -> Bool[Array, ""]:

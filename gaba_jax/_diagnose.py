@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from gaba_jax._advance import seen_by_two
 from gaba_jax._contract import leaf_names
 from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._selection import Selection, Selector, select
@@ -200,7 +201,7 @@ def _measurer(
 
 def _on_shared(selection: Selection, seen: Any) -> Any:
     """[leaves] bool: what was named, or what two tasks have had a gradient on."""
-    return seen.sum(axis=1) >= 2 if selection.shared is None else np.array(selection.shared, bool)
+    return seen_by_two(seen) if selection.shared is None else np.array(selection.shared, bool)
 
 
 def _halves(batch: Any) -> list[Any]:
