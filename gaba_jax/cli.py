@@ -27,19 +27,11 @@ from gaba_jax import plot
 from gaba_jax.turbofan import compare, plots, report, simulator
 from gaba_jax.turbofan._signals import noting_signals
 from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped
+from gaba_jax.turbofan.config import TASKS, Subset, TrainConfig, make_weighting
 from gaba_jax.turbofan.data import TurbofanData
 from gaba_jax.turbofan.diagnosis import diagnose_run
 from gaba_jax.turbofan.events import event_writer
-from gaba_jax.turbofan.train import (
-    TASKS,
-    EpochRecord,
-    Run,
-    Subset,
-    TrainConfig,
-    load_data,
-    make_weighting,
-    train,
-)
+from gaba_jax.turbofan.train import EpochRecord, Run, load_data, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +64,8 @@ class Train:
 
     config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     out: Path | None = None
-    """folder for metrics.jsonl, summary.json, pictures and parameters; None writes nothing"""
+    """folder for metrics.jsonl, summary.json, history.npz, pictures and parameters; None writes
+    nothing"""
     overwrite: bool = False
     """replace an earlier run in --out"""
     checkpoint_every: int | None = None
@@ -81,6 +74,8 @@ class Train:
     """go on from the last checkpoint in --out, or begin where there is none"""
     tensorboard: bool = False
     """write every update to event files in --out"""
+    budget: float | None = None
+    """minutes after which no further epoch is begun; the best so far with --early-stopping"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +90,8 @@ class Diagnose:
     """leave the three operating settings out of the features"""
     stride: int = 1
     """cycles between training windows"""
+    model: Literal["compact", "full"] = "compact"
+    """a network of 39 thousand parameters, or the published one of 3.5 million"""
     loss: Literal["mse", "amnl"] = "mse"
     """of the RUL: mean squared error, or that weighted up towards failure"""
     shared: tuple[str, ...] = ()
@@ -242,7 +239,8 @@ def _train(command: Train, console: Console) -> int:
                 write_events(record)
 
         try:
-            run, said = train(data, config, on_epoch, checkpoints), "stopped after the last update"
+            run = train(data, config, on_epoch, checkpoints, command.budget)
+            said = "stopped after the last update"
         except Stopped as stopped:
             run, said = None, str(stopped)
     if run is None or noted:
@@ -349,6 +347,8 @@ def _write(run: Run, data: TurbofanData, out: Path) -> None:
     (out / "summary.json").write_text(summary + "\n")
     norms = np.concatenate([record.task_norms for record in run.records])
     weights = np.concatenate([record.task_weights for record in run.records])
+    losses = np.concatenate([record.losses for record in run.records])
+    np.savez(out / "history.npz", losses=losses, task_norms=norms, task_weights=weights)
     for name, figure in [
         ("balance", plot.balance_history(norms, weights, TASKS)),
         ("rul", plots.predicted_against_true(run.predicted_rul, data.test.rul)),
@@ -356,13 +356,16 @@ def _write(run: Run, data: TurbofanData, out: Path) -> None:
     ]:
         figure.savefig(out / f"{name}.png", dpi=150)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((out / "params").absolute(), nnx.to_pure_dict(run.params), force=True)
+        state = nnx.to_pure_dict(nnx.merge_state(run.params, run.stats))
+        checkpointer.save((out / "params").absolute(), state, force=True)
 
 
 def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -> None:
     summary = run.summary
-    source = "a simulated fleet" if config.data is None else str(config.data)
-    table = Table(title=f"{config.weighting} on {config.subset}, {source}", title_justify="left")
+    of_file = config.data is not None and not config.data.is_dir()  # N-CMAPSS has no subsets
+    engines = config.data or "a simulated fleet"
+    source = engines if of_file else f"{config.subset}, {engines}"
+    table = Table(title=f"{config.weighting} on {source}", title_justify="left")
     table.add_column("")
     for name in ("validation", "test"):
         table.add_column(name, justify="right")
@@ -383,7 +386,10 @@ def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -
     ]:
         median = summary[key]["median"]
         console.print(f"{title}: {'infinite' if median is None else f'{median:.4g}'} (median)")
-    console.print(f"{summary['updates']} updates in {summary['timing']['seconds']:.1f} s")
+    console.print(
+        f"{summary['updates']} updates in {summary['timing']['seconds']:.1f} s, ended by "
+        f"{summary['ended']}; evaluated after epoch {summary['evaluated_epoch']}"
+    )
     if out is not None:
         console.print(f"Written to {out}")
 

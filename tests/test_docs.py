@@ -73,7 +73,7 @@ def test_the_reference_is_more_than_a_few_names():
     """The two sides of the comparison are not empty."""
     assert len(documented()[0]) > 100
     assert {"gaba", "weighting"} <= public_names("gaba_jax")
-    assert "TASKS" in public_names("gaba_jax.turbofan.train")
+    assert "TASKS" in public_names("gaba_jax.turbofan.config")
 
 
 def toctrees(page):

@@ -8,10 +8,14 @@ This package is an extra, ``pip install "gaba_jax[turbofan]"``, that the core ne
 modules are imported by name:
 
 * :mod:`gaba_jax.turbofan.data`: NASA C-MAPSS files, read, normalised and cut into windows.
+* :mod:`gaba_jax.turbofan.ncmapss`: NASA N-CMAPSS files (HDF5), streamed and cut into windows.
 * :mod:`gaba_jax.turbofan.simulator`: a fleet of run-to-failure engines in the same format.
+* :mod:`gaba_jax.turbofan.model`: the compact network, and the published one of 3.5 million.
 * :mod:`gaba_jax.turbofan.losses`: the two losses, for a training step in JAX.
 * :mod:`gaba_jax.turbofan.metrics`: the measures that the field reports, in numpy.
+* :mod:`gaba_jax.turbofan.config`: what a run is, each value with its default.
 * :mod:`gaba_jax.turbofan.train`: a run, and several seeds of one side by side.
+* :mod:`gaba_jax.turbofan.evaluation`: scores of a trained model, and the summary of a run.
 * :mod:`gaba_jax.turbofan.checkpoints`: runs that are saved and go on bitwise.
 * :mod:`gaba_jax.turbofan.compare`, :mod:`gaba_jax.turbofan.report`: many methods, and what they
   show.

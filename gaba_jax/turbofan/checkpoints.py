@@ -7,7 +7,8 @@ never taken for a checkpoint, and is removed at the next save.
 **Layout, format 1.** ``<step>/arrays`` is a flat dictionary of arrays, ``<step>/run`` is JSON.
 
 * ``params.<name>``, ``balance.<name>``, ``optimizer.<name>``: the state. Names are dotted key
-  paths, such as ``params.rul_head.bias`` and ``optimizer.0.mu.rul_head.bias``.
+  paths, such as ``params.rul_head.bias`` and ``optimizer.0.mu.rul_head.bias``. Where the run has
+  them, also ``stats`` (running moments of BatchNorm), ``plateau``, ``average`` and ``best``.
 * ``rng``: [words] uint32, the key that the order of each epoch is drawn with.
 * ``order``: [rows] int32, the windows of the epoch in progress, batch by batch.
 * ``history.losses``, ``history.task_norms``, ``history.task_weights``: [step, K] float32, one row
@@ -52,7 +53,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
       step: updates done.
-      state: ``{"params": ..., "balance": ..., "optimizer": ...}``.
+      state: ``{"params": ..., "balance": ..., "optimizer": ...}``, and what else the run has.
       rng: the key that the order of each epoch is drawn with.
       order: [rows] int32, the windows of the epoch in progress, batch by batch.
       history: ``losses``, ``task_norms`` and ``task_weights``, each [step, K] float32.

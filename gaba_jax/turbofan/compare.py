@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gaba_jax import weighting
+from gaba_jax.turbofan.config import TASKS, Subset, TrainConfig
 from gaba_jax.turbofan.data import TurbofanData
-from gaba_jax.turbofan.train import TASKS, Run, Subset, TrainConfig, load_data, train_seeds
+from gaba_jax.turbofan.train import Run, load_data, train_seeds
 
 BASELINE = "uniform"
 _HISTORY_POINTS = 200
@@ -170,9 +171,10 @@ def _identity(cell: Cell) -> dict[str, Any]:
 def _is_kept(file: Path, cell: Cell) -> bool:
     if not file.exists():
         return False
-    kept = json.loads(file.read_text())["configuration"]
-    if kept != _identity(cell):
-        changed = [key for key, value in _identity(cell).items() if kept.get(key) != value]
+    # What an older version did not have yet was as its default is.
+    kept = dataclasses.asdict(TrainConfig()) | json.loads(file.read_text())["configuration"]
+    changed = [key for key, value in _identity(cell).items() if kept[key] != value]
+    if changed:
         raise ValueError(
             f"{file} holds a run with another {', '.join(changed)}. Name another --out, or remove "
             "that file."

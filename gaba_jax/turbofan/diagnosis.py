@@ -2,21 +2,20 @@
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gaba_jax import Diagnosis, diagnose, only
-from gaba_jax.turbofan.data import TurbofanData
-from gaba_jax.turbofan.model import CompactModel
-from gaba_jax.turbofan.train import TASKS, TrainConfig, make_losses_fn
+from gaba_jax.turbofan._loop import Params, make_losses_fn, make_model, split_model
+from gaba_jax.turbofan.config import TASKS, TrainConfig
+from gaba_jax.turbofan.data import Split, TurbofanData
 
 
 def diagnose_run(data: TurbofanData, config: TrainConfig, num_batches: int = 8) -> Diagnosis:
-    """Diagnoses the compact model on the first batches that a run would train on.
+    """Diagnoses the model of ``config`` on the first batches that a run would train on.
 
     Args:
       data: the engines, from :func:`gaba_jax.turbofan.train.load_data`.
-      config: of the run; its ``batch_size``, ``loss``, ``seed``, ``shared`` and ``measure_on`` are
-        read.
+      config: of the run; its ``model``, ``batch_size``, ``loss``, ``seed``, ``shared`` and
+        ``measure_on`` are read.
       num_batches: how many, default 8.
 
     Returns:
@@ -38,12 +37,17 @@ def diagnose_run(data: TurbofanData, config: TrainConfig, num_batches: int = 8) 
             f"batches={num_batches} of batch_size={config.batch_size} must be at least one each, "
             f"and together no more than the {num_windows} training windows."
         )
-    graph, params = nnx.split(CompactModel(window, channels, rngs=nnx.Rngs(config.seed)), nnx.Param)
+    graph, params, stats = split_model(make_model(config, window, channels, config.seed))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # of the first epoch
+    with_stats = make_losses_fn(graph, config)
+
+    def losses_fn(params: Params, batch: Split) -> tuple[jax.Array, jax.Array]:
+        return with_stats(params, stats, batch, key)[0]
+
     order = np.asarray(jax.random.permutation(key, num_windows))
     rows = order[: num_batches * config.batch_size].reshape(num_batches, config.batch_size)
     return diagnose(
-        make_losses_fn(graph, config),
+        losses_fn,
         params,
         [(jax.tree.map(lambda column, of=of: column[of], data.train),) for of in rows],
         shared=only(*config.shared) if config.shared else None,

@@ -9,7 +9,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from gaba_jax.monitor import task_metrics
-from gaba_jax.turbofan.train import TASKS, EpochRecord
+from gaba_jax.turbofan.config import TASKS
+from gaba_jax.turbofan.train import EpochRecord
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from scipy import stats
 
 from gaba_jax.plot import COLORS
 from gaba_jax.turbofan.compare import BASELINE
-from gaba_jax.turbofan.train import TASKS
+from gaba_jax.turbofan.config import TASKS
 
 Result = dict[str, Any]
 METRICS = {

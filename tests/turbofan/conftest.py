@@ -1,8 +1,9 @@
-"""Where the public data is, for the tests that need it."""
+"""Where the public data is, and programs that are compiled quickly, for the tests that need it."""
 
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 
@@ -19,3 +20,12 @@ def cmapss() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Compiles in less than half the time: for large programs that run but a few updates."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,7 +1,6 @@
 """Checkpoints of a run: whole, exact, refused where they belong to another run."""
 
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -23,10 +22,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gaba_jax import balanced_value_and_grad, cli
 from gaba_jax.turbofan import checkpoints, losses
 from gaba_jax.turbofan import train as training
+from gaba_jax.turbofan._loop import make_optimizer
 from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped, latest_step, restore
 from gaba_jax.turbofan.data import Normalization, Split, TurbofanData
 from gaba_jax.turbofan.model import CompactModel
 from gaba_jax.turbofan.train import GabaOptions, TrainConfig, load_data, make_weighting, train
+from tests.runs import after, assert_same_run
 from tests.soak import SOAK
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "golden" / "checkpoint_0_1_0"
@@ -58,28 +59,13 @@ def tiny_data():
     return TurbofanData(split(0, 12), split(12, 6), split(18, 6), ("a", "b"), unused)
 
 
-def after(chunks):
-    """A ``stop`` that is True from the given question on."""
-    asked = itertools.count(1)
-    return lambda: next(asked) >= chunks
-
-
 def state_of(config, window, channels, num_tasks=2):
     """What a run of this configuration saves: shapes and names, the values are those of a start."""
     params = nnx.state(CompactModel(window, channels, rngs=nnx.Rngs(1)), nnx.Param)
     rule = make_weighting(config) if num_tasks == 2 else training.weighting.gaba(num_tasks)
     balance = balanced_value_and_grad(lambda params: (0.0,) * num_tasks, rule).init(params)
-    optimizer = training._optimizer(config, 10).init(params)
+    optimizer = make_optimizer(config, 5).init(params)
     return {"params": params, "balance": balance, "optimizer": optimizer}
-
-
-def assert_same_run(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
-    for a, b in zip(one.records, other.records, strict=True):
-        assert a.scalars == b.scalars
-        for name in ("losses", "task_norms", "task_weights"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-    assert {**one.summary, "timing": 0} == {**other.summary, "timing": 0}
 
 
 def read_params(out):
@@ -357,7 +343,7 @@ def one_more_update(file, sharded):
         return losses.mean_squared_error(predicted, rul), losses.cross_entropy(logits, health)
 
     balanced = balanced_value_and_grad(losses_fn, make_weighting(TINY))
-    tx = training._optimizer(TINY, 6)
+    tx = make_optimizer(TINY, 3)
 
     @jax.jit
     def update(state, batch):
