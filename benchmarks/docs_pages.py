@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and docs/choose_a_path.md, from the JSON of the benchmarks.
+"""Tables of docs/benchmarks.md, choose_a_path.md and published_experiment.md, from their JSON.
 
 ``python -m benchmarks.docs_pages`` writes them between the markers of the pages; measures nothing.
 """
@@ -82,10 +82,27 @@ def loops() -> str:
     return where(document) + table(head, rows) + "\n"
 
 
+def full_model() -> str:
+    """Training steps of the published network."""
+    document = read("full_model")
+    rows = [
+        (
+            name,
+            f"{result['milliseconds']:.0f}",
+            f"{result['times_plain']:.2f}",
+            f"{document['over_peer'][name]:.2f}",
+        )
+        for name, result in document["results"].items()
+    ]
+    head = ("", "ms", "time / plain", "times faster than published")
+    return where(document) + table(head, rows) + "\n"
+
+
 def tables() -> dict[str, dict[str, str]]:
     """What stands after each marker, by page."""
     return {
         "choose_a_path.md": {start("which"): which()},
+        "published_experiment.md": {start("full_model"): full_model()},
         "benchmarks.md": {
             start(part.__name__): part() for part in (moved, ghost, import_time, loops)
         },
