@@ -22,6 +22,7 @@ import tyro
 
 from benchmarks import _measure
 from benchmarks.performance import replace_between, row
+from benchmarks.turbofan_study import _page
 from gaba_jax import cli
 from gaba_jax.turbofan.config import Subset
 
@@ -77,6 +78,17 @@ PUBLISHED: dict[str, dict[str, tuple[float | None, float]]] = {
     },
     "FD002": {"uniform": (None, 224.5), "GABA": (7.53, 224.2), "GradNorm": (8.19, 260.9)},
 }
+# Name in the publication, of our runs of the full network, and of the study's of the compact one.
+NAMES = [
+    ("uniform", "uniform", "uniform"),
+    ("GABA", "gaba", "gaba"),
+    ("", RECOMMENDED, _page.RECOMMENDED),
+    ("GradNorm", "GradNorm", "gradnorm"),
+    ("GRACE", "GRACE", "gaba + amnl"),
+    ("uncertainty", "uncertainty", "uncertainty"),
+    ("AMNL", "AMNL", "uniform + amnl"),
+    ("DWA", "DWA", "dynamic_weight_average"),
+]
 TEST_ENGINES = {"FD001": 100, "FD002": 259}
 EVALUATIONS = {
     "test": "last window, capped",
@@ -91,7 +103,12 @@ def folder(runs: Path, name: str, subset: str, seed: int) -> Path:
     return runs / subset / name.replace(", ", "-") / f"seed{seed}"
 
 
-def train(data: Path, out: Path, subset: str, options: dict[str, Any], flags: Sequence[str]) -> Any:
+Made = tuple[dict[str, Any], np.ndarray]  # a run's summary, and its norms at every update
+
+
+def train(
+    data: Path, out: Path, subset: str, options: dict[str, Any], flags: Sequence[str]
+) -> Made:
     """Runs ``gaba-jax train``, or what is left of it, and returns what it wrote."""
     if not (out / "summary.json").exists():
         named = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -141,25 +158,58 @@ def gaussian_nasa_score(rmse: float, engines: int) -> float:
     return engines * (half(rmse / 10) + half(rmse / 13) - 1)
 
 
+def both(rmse: float | None, nasa: float | None) -> str:
+    """A cell: RMSE / NASA score, empty where there is neither."""
+    if nasa is None:
+        return ""
+    return f"{'-' if rmse is None else f'{rmse:.2f}'} / {nasa:.4g}"
+
+
+def mean_of(runs: Sequence[dict[str, Any]], split: str) -> tuple[float, float]:
+    rmse, nasa = (
+        statistics.mean(run[split][key] for run in runs) for key in ("rmse", "nasa_score")
+    )
+    return rmse, nasa
+
+
 def results_table(document: dict[str, Any]) -> str:
-    """Our runs by subset and method, evaluated four ways."""
+    """Our runs, evaluated four ways."""
     head = ("", "epoch", "validation", *EVALUATIONS.values(), "health accuracy")
     lines = [row(*head), "|---|" + "---|" * (len(head) - 1)]
-    for subset, methods in document["runs"].items():
-        for method, runs in methods.items():
+    full = {f"full, {s}, {m}": r for s, of in document["runs"].items() for m, r in of.items()}
+    compact = {f"compact, {s}, uniform": [run] for s, run in document["compact"].items()}
+    for name, runs in (full | compact).items():
+        epochs = statistics.mean(run["evaluated_epoch"] for run in runs)
+        accuracy = statistics.mean(run["test"]["health_accuracy"] for run in runs)
+        scores = [both(*mean_of(runs, split)) for split in EVALUATIONS]
+        validation = f"{mean_of(runs, 'validation')[0]:.2f}"
+        lines.append(row(name, f"{epochs:.0f}", validation, *scores, f"{accuracy:.2f}"))
+    return "\n".join(lines) + "\n"
 
-            def mean(split: str, key: str, runs: Any = runs) -> float:
-                return statistics.mean(run[split][key] for run in runs)
 
-            cells = [
-                f"{mean(split, 'rmse'):.2f} / {mean(split, 'nasa_score'):.4g}"
-                for split in EVALUATIONS
-            ]
-            epochs = statistics.mean(run["evaluated_epoch"] for run in runs)
-            accuracy = f"{mean('test', 'health_accuracy'):.2f}"
-            validation = f"{mean('validation', 'rmse'):.2f}"
-            name = f"{subset}, {method}" if len(document["runs"]) > 1 else method
-            lines.append(row(name, f"{epochs:.0f}", validation, *cells, accuracy))
+def beside_table(document: dict[str, Any]) -> str:
+    """Published figures, the full network, the compact one of the study; last windows, capped."""
+    head = ["", "FD001, published", "FD001, full", "FD001, compact", "FD002, published"]
+    head += [f"{subset}, compact" for subset in SUBSETS[1:]]
+    lines = [row(*head), "|---|" + "---|" * (len(head) - 1)]
+    study = _page.rows()
+    for published, full, compact in NAMES:
+        runs = document["runs"]["FD001"].get(full)
+        of_study: dict[str, str] = {}
+        for subset in SUBSETS:
+            kept = [r for r in study if (r["subset"], r["label"]) == (subset, compact)]
+            rmse, nasa = (
+                statistics.mean(float(r[key]) for r in kept) for key in ("rmse", "nasa_score")
+            )
+            of_study[subset] = both(rmse, nasa)
+        cells = [
+            both(*PUBLISHED["FD001"].get(published, (None, None))),
+            both(*mean_of(runs, "test")) if runs else "",
+            of_study["FD001"],
+            both(*PUBLISHED["FD002"].get(published, (None, None))),
+            *(of_study[subset] for subset in SUBSETS[1:]),
+        ]
+        lines.append(row(published or full, *cells))
     return "\n".join(lines) + "\n"
 
 
@@ -209,6 +259,7 @@ def picture(document: dict[str, Any]) -> None:
 def tables(document: dict[str, Any]) -> dict[str, str]:
     """What stands after each marker of the page."""
     made = {
+        "beside": beside_table(document),
         "results": results_table(document),
         "published": published_table(),
         "ratios": ratio_table(document),
@@ -236,7 +287,7 @@ def main(
     """
     options = PROTOCOL | (LONG if epochs > 50 else SHORT) | {"epochs": epochs}
     chosen = METHODS if methods == "three" else METHODS | OTHERS
-    document: dict[str, Any] = {"runs": {}, "ratios": {"compact": {}, "full": {}}}
+    document: dict[str, Any] = {"runs": {}, "compact": {}, "ratios": {"compact": {}, "full": {}}}
     for subset in subsets:
         of_subset = document["runs"].setdefault(subset, {})
         for method, flags in chosen.items():
@@ -254,14 +305,15 @@ def main(
             ]
     for subset in SUBSETS:
         flags, stride = METHODS["uniform"], 1 if subset in ("FD001", "FD003") else 2
-        _, norms = train(
+        made = train(
             data,
             folder(runs, "ratio-compact", subset, 0),
             subset,
             {"epochs": 15, "stride": stride},
             flags,
         )
-        document["ratios"]["compact"][subset] = ratio_curve(norms, 15)
+        document["compact"][subset] = describe(*made)
+        document["ratios"]["compact"][subset] = document["compact"][subset].pop("ratio")
         if subset in subsets:
             document["ratios"]["full"][subset] = document["runs"][subset]["uniform"][0]["ratio"]
             continue

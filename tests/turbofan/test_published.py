@@ -68,6 +68,23 @@ def test_what_the_page_says_of_the_runs():
         assert run["test_all_windows"]["nasa_score"] > 100 * 434.4
 
 
+def test_how_far_the_published_figures_are():
+    for subset, (least, most) in {"FD001": (2, 7), "FD002": (5.5, 6.5)}.items():
+        for published, full_name, compact in full.NAMES:
+            rmse, _ = full.PUBLISHED[subset].get(published, (None, None))
+            if rmse is None:
+                continue
+            study = [
+                float(run["rmse"])
+                for run in full._page.rows()
+                if (run["subset"], run["label"]) == (subset, compact)
+            ]
+            ours = [sum(study) / len(study)]
+            if subset == "FD001":
+                ours += [run["test"]["rmse"] for run in FD001.get(full_name, [])]
+            assert all(least < each - rmse < most for each in ours), (subset, published)
+
+
 def test_what_the_page_says_of_the_gradient_ratio():
     ratios = DOCUMENT["ratios"]
     fd001 = ratios["full"]["FD001"]
