@@ -124,6 +124,7 @@ def train(
                 f"Lower the learning rate (it is {config.learning_rate})."
             )
 
+    check_config(config, len(data.train.rul))
     rule = make_weighting(config)
     return _train_seeds(data, config, rule, (config.seed,), checked, checkpoints, budget)[0]
 
