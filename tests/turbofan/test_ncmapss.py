@@ -1,5 +1,6 @@
 """Reading and windowing of N-CMAPSS files, and the memory that it takes."""
 
+import dataclasses
 import subprocess
 import sys
 import tracemalloc
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gaba_jax.turbofan import _ncmapss_reader, data, ncmapss
-from gaba_jax.turbofan.train import TrainConfig, train
+from gaba_jax.turbofan.train import TrainConfig, load_data, train
 
 COLUMNS = {
     "W": "alt Mach TRA T2",
@@ -395,3 +396,12 @@ def test_the_compact_model_trains_on_it(tmp_path: Path) -> None:
     assert run.summary["windows"] == {"train": 180, "validation": 180, "test": 180}
     assert run.predicted_rul.shape == (180,)
     assert run.summary["test"]["rmse"] > 0
+
+
+def test_the_command_reads_it_by_its_suffix(tmp_path: Path) -> None:
+    path = save(tmp_path / "fleet.h5", layout({2: [600] * 3, 5: [600] * 3}, {11: [600]}))
+    config = TrainConfig(data=path, stride=5, seed=1)
+    expected = ncmapss.load(path, stride=5, seed=1)
+    np.testing.assert_array_equal(load_data(config).train.windows, expected.train.windows)
+    with pytest.raises(ValueError, match=r"sensors_only: .* is an N-CMAPSS file"):
+        load_data(dataclasses.replace(config, sensors_only=True))
