@@ -261,24 +261,19 @@ def test_help(arguments, capsys):
 
 def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "gaba_jax.cli",
-        "train",
-        "--epochs",
-        "100000",
-        "--out",
-        str(out),
-    ]
+    # As in a terminal: what a shell starts in the background ignores SIGINT, and so would this.
+    program = """if True:
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from gaba_jax import cli
+        raise SystemExit(cli.main())
+    """
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", program, "train", "--epochs", "100000", "--out", str(out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
-        # As in a terminal: what a shell starts in the background ignores it, and so would this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         metrics = out / "metrics.jsonl"
