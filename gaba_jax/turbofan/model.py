@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gaba_jax.turbofan._lstm import BidirectionalLSTM
+from gaba_jax.turbofan._lstm import BidirectionalLSTM, over_steps
 from gaba_jax.turbofan.data import HEALTH_NAMES
 
 
@@ -159,7 +160,7 @@ class Frontend(nnx.Module):
         """The features of each step."""
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             padded = jnp.pad(x, ((1, 1), (0, 0), (0, 0)))
-            x = convolution(jnp.concatenate([padded[:-2], x, padded[2:]], axis=-1))
+            x = over_steps(convolution, jnp.concatenate([padded[:-2], x, padded[2:]], axis=-1))
             x = nnx.relu(norm(x, use_running_average=key is None))
             if key is not None:
                 x = self.dropout(x, rngs=jax.random.fold_in(key, i))
@@ -167,10 +168,16 @@ class Frontend(nnx.Module):
 
 
 class LastStepAttention(nnx.Module):
-    """Self-attention over time with residual and LayerNorm, at the last step: [T, B, C] to [B, C].
+    r"""Self-attention over time with residual and LayerNorm, at the last step: [T, B, C] to [B, C].
 
-    Of the last step alone the query is computed, since no other is read: the same numbers and the
-    same parameters as attention between all steps, in half the time.
+    The query is that of the last step alone, since no other is read, and one query needs no key
+    and no value of each step, whose products would be a fifth of the network's: for each head
+
+    .. math::
+        q \cdot (W_k x_t + b_k) = (W_k^\top q) \cdot x_t + q \cdot b_k, \quad
+        \sum_t a_t (W_v x_t + b_v) = W_v \sum_t a_t x_t + b_v
+
+    The parameters and the numbers are those of attention between all steps.
     """
 
     def __init__(self, features: int, num_heads: int, *, rngs: nnx.Rngs):
@@ -183,13 +190,18 @@ class LastStepAttention(nnx.Module):
     def __call__(self, x: Float[Array, "time batch features"]) -> Float[Array, "batch features"]:
         """The last step, with what it took from the others."""
         last = x[-1]
-        query, key, value = (
-            of.reshape(*of.shape[:-1], self.num_heads, -1)
-            for of in (self.query(last), self.key(x), self.value(x))
-        )
-        scores = jnp.einsum("bnd,tbnd->tbn", query, key) / math.sqrt(query.shape[-1])
-        attended = jnp.einsum("tbn,tbnd->bnd", nnx.softmax(scores, axis=0), value)
-        return self.norm(last + self.out(attended.reshape(last.shape)))
+        query = self._by_head(self.query(last))
+        to_keys = jnp.einsum("bhd,chd->bhc", query, self._by_head(self.key.kernel))
+        bias = jnp.einsum("bhd,hd->bh", query, self._by_head(self.key.bias))
+        scores = jnp.einsum("bhc,tbc->bht", to_keys, x) + bias[..., None]
+        shares = nnx.softmax(scores / math.sqrt(query.shape[-1]))
+        attended = jnp.einsum("bht,tbc->bhc", shares, x)
+        values = jnp.einsum("bhc,chd->bhd", attended, self._by_head(self.value.kernel))
+        values += self._by_head(self.value.bias)
+        return self.norm(last + self.out(values.reshape(last.shape)))
+
+    def _by_head(self, x: Any) -> Array:
+        return x[...].reshape(*x.shape[:-1], self.num_heads, -1)
 
 
 class DenseLayers(nnx.Module):
