@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from gaba_jax._diagnosis import shortened
@@ -69,20 +70,27 @@ def panels(count: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     return figure, list(each)
 
 
+def log_scale(axes: Axes) -> None:
+    """A log axis, unless nothing is drawn that has a place on one."""
+    if any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in axes.lines):
+        axes.set_yscale("log")
+
+
+def weight_limits(axes: Axes, weights: np.ndarray) -> None:
+    """From 0 to 1 for weights that share out 1; a line at either end is clear of the frame."""
+    if weights.min() >= 0 and 0.5 <= weights.max() <= 1:
+        axes.set_ylim(-0.02, 1.02)
+
+
 def line(task: int) -> dict[str, Any]:
     """Colour and dashes of a task, the same in every picture."""
     dashes = _LINES[task // len(COLORS) % len(_LINES)]
     return {"color": COLORS[task % len(COLORS)], "linestyle": dashes}
 
 
-def legend(
-    figure: Figure, axes: Axes, names: Sequence[str], lines: Sequence[Any] | None = None
-) -> None:
+def legend(figure: Figure, lines: Sequence[Line2D], names: Sequence[str]) -> None:
     """Above the panels, in as many columns as the names leave room for."""
     shown = [shortened(name, 40) for name in names]
-    if lines is None:  # a task's last line is the strong one
-        each = len(axes.lines) // len(names)
-        lines = axes.lines[each - 1 :: each]
     ncols = columns(shown, WIDTH)
     rows = -(-len(shown) // ncols)
     figure.set_figheight(figure.get_figheight() + 0.2 * (rows - 1))  # what it takes, panels keep
@@ -96,17 +104,23 @@ def columns(names: Sequence[str], width: float) -> int:
     return max(1, min(fitting, len(names)))
 
 
-def faint_and_smooth(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, *, label: str | None = None, **line: Any
-) -> None:
-    """The raw curve, faint, under its running median."""
+def strong(axes: Axes, steps: np.ndarray, values: np.ndarray, **line: Any) -> Line2D:
+    """A curve; a dot where it has only one point."""
+    (drawn,) = axes.plot(steps, values, marker="." if len(values) == 1 else "", **line)
+    return drawn
+
+
+def faint_and_smooth(axes: Axes, steps: np.ndarray, values: np.ndarray, **line: Any) -> Line2D:
+    """The raw curve, faint, under its running median, which is returned."""
     axes.plot(steps, values, color=line["color"], alpha=0.2, linewidth=0.5)
     width = max(len(values) // 50, 1)
     usable = len(values) - len(values) % width
     blocks = values[:usable].reshape(-1, width)
-    filled = ~np.isnan(blocks).all(axis=1)
-    centers = steps[:usable].reshape(-1, width).mean(axis=1)[filled]
-    axes.plot(centers, np.nanmedian(blocks[filled], axis=1), label=label, linewidth=2, **line)
+    medians = np.full(len(blocks), np.nan)
+    some = ~np.isnan(blocks).all(axis=1)
+    medians[some] = np.nanmedian(blocks[some], axis=1)
+    centers = steps[:usable].reshape(-1, width).mean(axis=1)
+    return strong(axes, centers, medians, **{"linewidth": 2, **line})
 
 
 def positive(values: np.ndarray) -> np.ndarray:
@@ -115,6 +129,7 @@ def positive(values: np.ndarray) -> np.ndarray:
 
 
 def ratio(values: np.ndarray) -> np.ndarray:
-    """Largest over smallest per row, NaN where that is not a number."""
+    """Largest over smallest modulus per row, NaN where that is not a number."""
+    values = np.abs(values)
     smallest = values.min(axis=1)
     return np.where(smallest > 0, values.max(axis=1) / np.where(smallest > 0, smallest, 1), np.nan)

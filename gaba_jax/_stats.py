@@ -145,6 +145,13 @@ def combine_norms(
     return divisor * jnp.sqrt(jnp.sum(jnp.square(chosen / divisor), axis=0))
 
 
+def largest_to_smallest(values: Float[Array, "*batch tasks"]) -> Float[Array, "*batch"]:
+    """Infinite where only the smallest is zero, 1 where all are."""
+    largest, smallest = jnp.max(values, axis=-1), jnp.min(values, axis=-1)
+    ratio = largest / jnp.where(smallest > 0, smallest, 1)
+    return jnp.where(smallest > 0, ratio, jnp.where(largest > 0, jnp.inf, 1))
+
+
 def cosines(
     leaves: Sequence[Array],
     measured: Bool[Array, " leaves"],

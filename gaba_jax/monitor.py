@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from gaba_jax._advance import BalanceState
 from gaba_jax._contract import path_name
+from gaba_jax._stats import largest_to_smallest
 
 
 def balance_metrics(
@@ -149,10 +150,3 @@ def task_metrics(
         conflicts = [(cosines[..., i, j] < 0).astype(jnp.float32) for i, j in pairs]
         metrics["conflict_rate"] = sum(conflicts, jnp.zeros(norms.shape[:-1])) / max(len(pairs), 1)
     return metrics
-
-
-def largest_to_smallest(values: Float[Array, "*batch tasks"]) -> Float[Array, "*batch"]:
-    """Infinite where only the smallest is zero, 1 where all are."""
-    largest, smallest = jnp.max(values, axis=-1), jnp.min(values, axis=-1)
-    ratio = largest / jnp.where(smallest > 0, smallest, 1)
-    return jnp.where(smallest > 0, ratio, jnp.where(largest > 0, jnp.inf, 1))

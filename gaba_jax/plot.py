@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from gaba_jax import _drawing as drawing
@@ -45,12 +46,13 @@ def weights(
     """
     (values,), at = drawing.over_steps({"task_weights": task_weights}, task_names, steps)
     figure, (axes,) = drawing.panels(1)
-    for i in range(len(task_names)):
-        axes.plot(at, values[:, i], linewidth=1.5, **drawing.line(i))
+    lines = [
+        drawing.strong(axes, at, values[:, i], linewidth=1.5, **drawing.line(i))
+        for i in range(len(task_names))
+    ]
     axes.set(ylabel="task weight", xlabel="update")
-    if values.min() >= 0 and 0.5 <= values.max() <= 1:
-        axes.set_ylim(0, 1)
-    drawing.legend(figure, axes, task_names)
+    drawing.weight_limits(axes, values)
+    drawing.legend(figure, lines, task_names)
     return figure
 
 
@@ -75,12 +77,16 @@ def norms(
     """
     (values,), at = drawing.over_steps({"task_norms": task_norms}, task_names, steps)
     figure, (above, below) = drawing.panels(2)
-    for i in range(len(task_names)):
+    lines = [
         drawing.faint_and_smooth(above, at, drawing.positive(values[:, i]), **drawing.line(i))
+        for i in range(len(task_names))
+    ]
     drawing.faint_and_smooth(below, at, drawing.ratio(values), color=COLORS[6])
-    above.set(ylabel="gradient norm", yscale="log")
-    below.set(ylabel="largest / smallest", yscale="log", xlabel="update")
-    drawing.legend(figure, above, task_names)
+    above.set(ylabel="gradient norm")
+    below.set(ylabel="largest / smallest", xlabel="update")
+    for axes in (above, below):
+        drawing.log_scale(axes)
+    drawing.legend(figure, lines, task_names)
     return figure
 
 
@@ -95,7 +101,7 @@ def contributions(
     r"""How hard each task pulls, before and after weighting, on log axes of one range.
 
     Before: :math:`g_i / K`, what equal weights would make of the norms. After:
-    :math:`\lambda_i g_i`, as applied.
+    :math:`|\lambda_i| g_i`, as applied.
 
     Args:
       task_norms: [T, K], ``BalanceState.task_norms`` after each update.
@@ -113,16 +119,17 @@ def contributions(
         {"task_norms": task_norms, "task_weights": task_weights}, task_names, steps
     )
     figure, (before, after) = drawing.panels(2, sharey=True)
-    for i in range(len(task_names)):
-        pull = drawing.positive(pulls[:, i])
-        drawing.faint_and_smooth(before, at, pull / len(task_names), **drawing.line(i))
-        drawing.faint_and_smooth(
-            after, at, drawing.positive(pull * factors[:, i]), **drawing.line(i)
-        )
-    before.set(ylabel="equal weights", yscale="log")
-    after.set(ylabel="as weighted", yscale="log", xlabel="update")
+    both = ((before, pulls / len(task_names)), (after, np.abs(pulls * factors)))
+    lines = [
+        drawing.faint_and_smooth(axes, at, drawing.positive(values[:, i]), **drawing.line(i))
+        for axes, values in both
+        for i in range(len(task_names))
+    ]
+    before.set(ylabel="equal weights")
+    after.set(ylabel="as weighted", xlabel="update")
+    drawing.log_scale(before)  # of both, which share it
     figure.supylabel("weight x gradient norm", fontsize=9)
-    drawing.legend(figure, before, task_names)
+    drawing.legend(figure, lines[: len(task_names)], task_names)
     return figure
 
 
@@ -138,7 +145,7 @@ def shares(
     r"""The tasks' shares of the norms and of the contributions, against their reference.
 
     In the words of :mod:`gaba_jax.controller`: what is measured, :math:`s_i = g_i / \sum_j g_j`,
-    and what control makes of it, :math:`\lambda_i g_i / \sum_j \lambda_j g_j`. Dashed the set
+    and what control makes of it, :math:`|\lambda_i| g_i / \sum_j |\lambda_j| g_j`. Dashed the set
     point, on which the shares of the contributions lie at balance.
 
     Args:
@@ -165,17 +172,20 @@ def shares(
         )
     figure, panels = drawing.panels(2)
     labels = ("share of norms", "share of contributions")
+    lines: list[Line2D] = []
     for axes, values, label in zip(panels, (pulls, np.abs(pulls * factors)), labels, strict=True):
         parts = np.asarray(controller.share(values))
-        for i in range(num_tasks):
+        lines = [
             drawing.faint_and_smooth(axes, at, parts[:, i], **drawing.line(i))
+            for i in range(num_tasks)
+        ]
         for level in np.unique(wanted):
-            axes.axhline(level, color="0.35", linestyle=(0, (4, 3)), linewidth=1, zorder=3)
+            lines.append(
+                axes.axhline(level, color="0.35", linestyle=(0, (4, 3)), linewidth=1, zorder=3)
+            )
         axes.set(ylabel=label, ylim=(-0.02, 1.02))
     panels[-1].set_xlabel("update")
-    lines = panels[0].lines  # two a task, then the reference
-    strong = lines[1 : 2 * num_tasks : 2]
-    drawing.legend(figure, panels[0], [*task_names, "reference"], [*strong, lines[2 * num_tasks]])
+    drawing.legend(figure, lines[: num_tasks + 1], [*task_names, "reference"])
     return figure
 
 
@@ -278,6 +288,7 @@ def step_response(beta: float = 0.99, *, start: float = 0.0, target: float = 1.0
     return figure
 
 
+@drawing.styled
 def balance_history(
     task_norms: ArrayLike, task_weights: ArrayLike, task_names: Sequence[str]
 ) -> Figure:
@@ -309,22 +320,22 @@ def balance_history(
     norm_axes, ratio_axes, weight_axes = figure.subplots(1, 3)
     shown = [shortened(name, 24) for name in task_names]
     for i, name in enumerate(shown):
-        drawing.faint_and_smooth(
-            norm_axes, steps, drawing.positive(norms[:, i]), label=name, **drawing.line(i)
-        )
-        weight_axes.plot(steps, weights[:, i], label=name, linewidth=2, **drawing.line(i))
+        line = drawing.line(i) | {"label": name}
+        drawing.faint_and_smooth(norm_axes, steps, drawing.positive(norms[:, i]), **line)
+        drawing.strong(weight_axes, steps, weights[:, i], linewidth=2, **line)
     for values, color, label in [
         (norms, COLORS[6], "gradients"),
         (norms * weights, COLORS[2], "weighted"),
     ]:
         drawing.faint_and_smooth(ratio_axes, steps, drawing.ratio(values), color=color, label=label)
-    norm_axes.set(ylabel="gradient norm", yscale="log")
-    ratio_axes.set(ylabel="largest / smallest", yscale="log")
-    weight_axes.set(ylabel="task weight", ylim=(0, 1))
+    norm_axes.set(ylabel="gradient norm")
+    ratio_axes.set(ylabel="largest / smallest")
+    weight_axes.set(ylabel="task weight")
+    for axes in (norm_axes, ratio_axes):
+        drawing.log_scale(axes)
+    drawing.weight_limits(weight_axes, weights)
     for axes in figure.axes:
         axes.set_xlabel("update")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         columns = 2 if axes is ratio_axes else drawing.columns(shown, 3.0)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     return figure

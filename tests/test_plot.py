@@ -48,7 +48,7 @@ def text_boxes(figure, renderer):
         texts += [axes.xaxis.label, axes.yaxis.label, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            for tick in axis.get_major_ticks():
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
                 if low <= tick.get_loc() <= high:
                     texts += [tick.label1, tick.label2]
         legends += [axes.get_legend()] if axes.get_legend() else []
@@ -62,6 +62,15 @@ def text_boxes(figure, renderer):
 
 def labels(legend):
     return [text.get_text() for text in legend.get_texts()]
+
+
+def explains(legend, lines):
+    """Whether the legend shows, in this order, the colours and dashes of the lines."""
+    looks = [
+        [(line.get_color(), line.get_linestyle()) for line in each]
+        for each in (legend.get_lines(), lines)
+    ]
+    return looks[0] == looks[1]
 
 
 NAMES = {
@@ -90,16 +99,20 @@ def test_weights(history):
         np.testing.assert_array_equal(line.get_ydata(), weights[:, i])
     (legend,) = figure.legends
     assert len(labels(legend)) == len(names)
+    assert explains(legend, axes.lines)
+    assert axes.get_ylim() == (-0.02, 1.02)
     if len(names) < 9:
         assert labels(legend) == names
 
 
 def test_norms_and_their_ratio(history):
     norms, _, names = history
-    above, below = drawn(plot.norms(norms, names)).axes
+    figure = drawn(plot.norms(norms, names))
+    above, below = figure.axes
     assert (above.get_ylabel(), below.get_ylabel()) == ("gradient norm", "largest / smallest")
     assert above.get_yscale() == below.get_yscale() == "log"
     raw, smooth = above.lines[::2], above.lines[1::2]
+    assert explains(figure.legends[0], smooth)
     for i in range(len(names)):
         np.testing.assert_array_equal(raw[i].get_ydata(), norms[:, i])
         blocks = norms[:, i].reshape(-1, 2)
@@ -115,7 +128,8 @@ def test_contributions_before_and_after(history):
     assert (before.get_ylabel(), after.get_ylabel()) == ("equal weights", "as weighted")
     assert figure.get_supylabel() == "weight x gradient norm"
     assert before.get_ylim() == after.get_ylim()
-    assert before.get_yscale() == "log"
+    assert before.get_yscale() == after.get_yscale() == "log"
+    assert explains(figure.legends[0], before.lines[1::2])
     for i in range(len(names)):
         np.testing.assert_allclose(before.lines[2 * i].get_ydata(), norms[:, i] / len(names))
         np.testing.assert_allclose(after.lines[2 * i].get_ydata(), norms[:, i] * weights[:, i])
@@ -132,6 +146,7 @@ def test_shares_against_their_reference(history):
             np.testing.assert_allclose(axes.lines[2 * i].get_ydata(), parts[:, i])
         assert axes.lines[-1].get_ydata() == [1 / len(names)] * 2
     assert labels(figure.legends[0])[-1] == "reference"
+    assert explains(figure.legends[0], [*above.lines[1 : 2 * len(names) : 2], above.lines[-1]])
     wanted = np.arange(1, len(names) + 1) / sum(range(1, len(names) + 1))
     (axes, _) = drawn(plot.shares(norms, weights, names, reference=wanted)).axes
     levels = [line.get_ydata()[0] for line in axes.lines[2 * len(names) :]]
@@ -254,6 +269,9 @@ def test_balance_history_draws_the_given_numbers():
     np.testing.assert_allclose(weight_axes.lines[1].get_ydata(), weights[:, 1])
     np.testing.assert_allclose(ratio_axes.lines[0].get_ydata(), norms[:, 0] / norms[:, 1])
     assert norm_axes.get_yscale() == ratio_axes.get_yscale() == "log"
+    assert weight_axes.get_ylim() == (-0.02, 1.02)
+    assert explains(norm_axes.get_legend(), norm_axes.lines[1::2])
+    assert explains(weight_axes.get_legend(), weight_axes.lines)
     for axes, labels in [
         (norm_axes, ["rul", "health"]),
         (ratio_axes, ["gradients", "weighted"]),
@@ -267,6 +285,54 @@ def test_zero_norms_leave_gaps():
     norms = np.array([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
     figure = drawn(plot.balance_history(norms, np.full((3, 2), 0.5), ["a", "b"]))
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [np.nan, 2, np.nan])
+
+
+@pytest.mark.parametrize("silent", [[0, 1], [1]], ids=["all", "one"])
+def test_tasks_without_a_gradient(silent):
+    norms = np.ones((100, 2))
+    norms[:, silent] = 0  # as a rule that measures nothing records it
+    weights, names = np.full((100, 2), 0.5), ["a", "b"]
+    for figure in (
+        plot.norms(norms, names),
+        plot.contributions(norms, weights, names),
+        plot.balance_history(norms, weights, names),
+    ):
+        lines = drawn(figure).axes[0].lines
+        assert np.isnan(lines[3].get_ydata()).all()
+        assert np.isnan(lines[1].get_ydata()).all() == (0 in silent)
+
+
+def test_medians_do_not_bridge_a_gap():
+    norms = np.ones((100, 2))
+    norms[40:60, 0] = 0
+    above, _ = plot.norms(norms, ["a", "b"]).axes
+    expected = np.where(norms[::2, 0] > 0, 1, np.nan)
+    np.testing.assert_array_equal(above.lines[1].get_ydata(), expected)
+
+
+def test_weights_that_learned_to_be_negative_pull_as_hard():
+    norms, weights = np.full((50, 2), 3.0), np.tile([-0.5, 4.0], (50, 1))
+    _, after = drawn(plot.contributions(norms, weights, ["a", "b"])).axes
+    np.testing.assert_allclose(after.lines[0].get_ydata(), 1.5)
+    for figure in (
+        plot.balance_history(norms, weights, ["a", "b"]),
+        plot.weights(weights, ["a", "b"]),
+    ):
+        low, high = drawn(figure).axes[-1].get_ylim()
+        assert low < -0.5
+        assert high > 4
+    ratio = plot.balance_history(norms, weights, ["a", "b"]).axes[1].lines[2]
+    np.testing.assert_allclose(ratio.get_ydata(), 8)
+
+
+def test_one_update_is_seen():
+    one = np.array([[0.3, 0.7]])
+    for figure in (
+        plot.weights(one, ["a", "b"]),
+        plot.norms(one, ["a", "b"]),
+        plot.balance_history(one, one, ["a", "b"]),
+    ):
+        assert any(line.get_marker() == "." for line in figure.axes[-1].lines)
 
 
 def test_wrong_shapes():

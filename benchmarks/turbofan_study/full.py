@@ -24,6 +24,7 @@ from benchmarks import _measure
 from benchmarks.performance import replace_between, row
 from benchmarks.turbofan_study import _page
 from gaba_jax import cli
+from gaba_jax.monitor import task_metrics
 from gaba_jax.turbofan.config import Subset
 
 HERE = Path(__file__).parent
@@ -123,7 +124,7 @@ def train(
 
 def ratio_curve(norms: np.ndarray, epochs: int, parts: int = 4) -> dict[str, list[float]]:
     """Median gradient ratio in each of ``parts`` parts of an epoch, and its largest over all."""
-    ratio = norms.max(axis=1) / norms.min(axis=1)
+    ratio = np.asarray(task_metrics(np.ones_like(norms), norms)["gradient_ratio"])
     chunks = np.array_split(ratio, epochs * parts)
     return {
         "epoch": [(i + 0.5) / parts for i in range(len(chunks))],

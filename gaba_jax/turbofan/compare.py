@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gaba_jax import weighting
+from gaba_jax.monitor import task_metrics
 from gaba_jax.turbofan.config import TASKS, Subset, TrainConfig
 from gaba_jax.turbofan.data import TurbofanData
 from gaba_jax.turbofan.train import Run, load_data, train_seeds
@@ -188,8 +189,7 @@ def _result(cell: Cell, seed: int, made: Run) -> dict[str, Any]:
         for name in ("task_norms", "task_weights")
     )
     picked = np.unique(np.linspace(0, len(norms) - 1, _HISTORY_POINTS).astype(int))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = norms.max(axis=1) / norms.min(axis=1)
+    ratio = task_metrics(weights, norms)["gradient_ratio"]
     summary = made.summary
     return {
         "label": cell.label,

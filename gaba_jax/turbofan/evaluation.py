@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from gaba_jax.monitor import task_metrics
 from gaba_jax.turbofan import metrics
 from gaba_jax.turbofan.config import TASKS, TrainConfig
 from gaba_jax.turbofan.data import Split, TurbofanData
@@ -50,6 +51,7 @@ def summarize(
       weights: task weights at every update, [steps, K].
     """
     balanced = slice(min(config.gaba.warmup_steps, len(norms) - 1), None)
+    curves = task_metrics(weights[balanced], norms[balanced])
     return {
         "config": {
             key: str(value) if isinstance(value, Path) else value
@@ -61,8 +63,8 @@ def summarize(
         "updates": len(norms),
         "task_weights": dict(zip(TASKS, weights[-1].tolist(), strict=True)),
         # Over the updates after the warm-up: median, and the 5 % and 95 % quantiles.
-        "gradient_ratio": _quantiles(norms[balanced]),
-        "contribution_ratio": _quantiles((norms * weights)[balanced]),
+        "gradient_ratio": _quantiles(curves["gradient_ratio"]),
+        "contribution_ratio": _quantiles(curves["imbalance"]),
         "versions": {name: version(name) for name in ("gaba-jax", "jax", "optax", "flax")},
     }
 
@@ -76,11 +78,9 @@ def epoch_scalars(
     return found | {name: float(value) for name, value in balance.items()}
 
 
-def _quantiles(values: NDArray[np.float32]) -> dict[str, float | None]:
-    """Of the ratio of the largest to the smallest value per update; None where it is infinite."""
-    smallest = values.min(axis=1)
-    ratio = np.where(smallest > 0, values.max(axis=1) / np.where(smallest > 0, smallest, 1), np.inf)
-    at = np.quantile(ratio, [0.5, 0.05, 0.95], method="nearest")
+def _quantiles(ratios: ArrayLike) -> dict[str, float | None]:
+    """Of a ratio per update; None where it is infinite."""
+    at = np.quantile(np.asarray(ratios), [0.5, 0.05, 0.95], method="nearest")
     return {
         name: float(value) if np.isfinite(value) else None
         for name, value in zip(("median", "low", "high"), at, strict=True)
