@@ -94,6 +94,10 @@ class Diagnosis(NamedTuple):
     def _on_ratio(self) -> list[str]:
         num_tasks, ratio = len(self.task_names), np.median(self.gradient_ratio)
         norms = np.median(self.norms, axis=0)
+        silent = [name for name, norm in zip(self.task_names, norms, strict=True) if norm == 0]
+        left = self._left(min_weight=0.0)
+        # One without a gradient would be given all the weight by it.
+        equalise = left >= _LEAST_RATIO and not silent
         loud, quiet = (self.task_names[at(norms)] for at in (np.argmax, np.argmin))
         if ratio < _LEAST_RATIO:
             reasons = [
@@ -101,28 +105,37 @@ class Diagnosis(NamedTuple):
                 "learn side by side with plain weights."
             ]
         else:
+            advice = (
+                f"balance(weighting.inverse_norm({num_tasks}))"
+                if equalise
+                else f"gaba({num_tasks}, debias=True, warmup_steps=0, min_weight=0)"
+            )
             reasons = [
                 f"'{loud}' pulls {_number(ratio)}x harder than '{quiet}' on what they share, and "
-                f"at {_LEAST_RATIO}x or more the quieter task hardly learns: try "
-                f"gaba({num_tasks}, debias=True, warmup_steps=0, min_weight=0)."
+                f"at {_LEAST_RATIO}x or more the quieter task hardly learns: try {advice}."
             ]
-        if silent := [name for name, norm in zip(self.task_names, norms, strict=True) if norm == 0]:
+        if silent:
             reasons.append(
                 f"{_listed(silent)} had no gradient there in half of the batches or more: no "
                 "weight makes up for that. Look for batches without labels, or saturated units."
             )
-        elif num_tasks > 2:
+        if num_tasks > 2:
+            apart = (
+                ""
+                if silent
+                else f" Without a floor it would leave the weighted norms {_number(left)}x apart."
+            )
             reasons.append(
                 f"For K = {num_tasks} a weight of GABA is at most 1/(K-1) = "
                 f"{_number(1 / (num_tasks - 1))}: it holds down the loud tasks, but cannot lift "
-                f"quiet ones without limit. Without a floor it would leave the weighted norms "
-                f"{_number(self._left(min_weight=0.0))}x apart. weighting.inverse_norm equalises "
-                "any number of tasks, but hands one that has finished nearly all the weight."
+                f"quiet ones without limit.{apart} weighting.inverse_norm and, with feedback, "
+                "weighting.proportional_integral equalise any number of tasks, but hand one that "
+                "has finished nearly all the weight."
             )
-        elif (left := self._left(min_weight=0.05)) > 1.5:
+        elif not silent and (floored := self._left(min_weight=0.05)) > 1.5:
             reasons.append(
                 f"With its default floor, min_weight=0.05, gaba() would leave the weighted norms "
-                f"{_number(left)}x apart. With min_weight=0 they become equal."
+                f"{_number(floored)}x apart. With min_weight=0 they become equal."
             )
         return reasons
 
@@ -142,10 +155,13 @@ class Diagnosis(NamedTuple):
             for a, b in self.conflicts[:3]
         ]
         more = f", and {len(self.conflicts) - 3} pairs more" if len(self.conflicts) > 3 else ""
+        aware = f"weighting.upgrad({len(self.task_names)})"
+        if np.median(self.gradient_ratio) >= _LEAST_RATIO:  # one that evens out norms too
+            aware = f"weighting.normalized({aware})"
         return [
             f"Against each other pull {'; '.join(pairs)}{more}. Weights by norms even out how hard "
-            "tasks pull, not where to: use a conflict-aware weighting, such as weighting.upgrad or "
-            "weighting.mgda, or reconsider what is shared."
+            f"tasks pull, not where to: use a conflict-aware weighting, such as balance({aware}), "
+            "or reconsider what is shared."
         ]
 
     def _on_noise(self) -> list[str]:
@@ -285,4 +301,8 @@ def _number(value: float) -> str:
 
 
 def _percent(part: float) -> str:
-    return "-" if np.isnan(part) else f"{100 * part:.2g} %" if part < 0.1 else f"{100 * part:.0f} %"
+    if np.isnan(part):
+        return "-"
+    if 0 < part < 1e-4:
+        return "< 0.01 %"
+    return f"{100 * part:.2g} %" if part < 0.1 else f"{100 * part:.0f} %"

@@ -1,11 +1,14 @@
 """diagnose: what it measures, what it says of it, and that it fits the page."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import gaba_jax
 from gaba_jax import balance, diagnose, exclude, only, weighting
 from gaba_jax.turbofan import diagnosis
 from gaba_jax.turbofan.train import TrainConfig, load_data, train
@@ -152,8 +155,14 @@ def test_tasks_that_oppose_each_other():
     np.testing.assert_array_equal(found.conflict_rate, [[0, 1], [1, 0]])
     assert "median cosine -0.96, negative in 100 % of the batches" in found.reasons[-1]
     assert "weighting.upgrad" in found.reasons[-1]
-    for name in ("upgrad", "mgda", "inverse_norm"):
-        assert name in weighting.__all__
+
+
+@pytest.mark.parametrize(("ratio", "balance"), [(9.99, False), (10.0, True)])
+def test_ten_times_is_where_balancing_begins(ratio, balance):
+    found = diagnose(*linear([0, ratio], [0.0, 1.0]), ONES)
+    assert found.recommendation == ("balance the tasks" if balance else "plain weights suffice")
+    against = diagnose(*linear([1.0, ratio], [0.1, -1.0]), ONES)
+    assert ("weighting.normalized(weighting.upgrad(2))" in against.reasons[-1]) == (ratio >= 10.1)
 
 
 def test_what_gaba_cannot_do_for_three():
@@ -162,6 +171,14 @@ def test_what_gaba_cannot_do_for_three():
     assert "at most 1/(K-1) = 0.5" in reason
     assert "501x apart" in reason  # contributions (.25, .25, .0005)
     assert "weighting.inverse_norm" in reason
+    assert "try balance(weighting.inverse_norm(3))" in found.reasons[0]
+    bounded = diagnose(*linear([30, 0], [0.0, 20.0], [0.0, 2.0]), ONES)
+    assert "try gaba(3, debias" in bounded.reasons[0]
+    silent = diagnose(*linear([30, 0], [0.0, 20.0], [0.0, 0.0]), ONES, shared=only("w"))
+    assert "try gaba(3, debias" in silent.reasons[0]
+    assert "'2' had no gradient there" in silent.reasons[1]
+    assert "at most 1/(K-1) = 0.5" in silent.reasons[2]
+    assert "apart" not in silent.reasons[2]
 
 
 def test_a_task_without_a_gradient():
@@ -271,11 +288,19 @@ def test_integers_are_no_parameters():
         diagnose(lambda p, x: (p @ x, p @ x), jnp.zeros(2, int), ONES)
 
 
-def test_the_optimizer_it_recommends_is_there():
+@pytest.mark.parametrize(
+    ("gradients", "before"),
+    [
+        ([[0, 50], [0.0, 1.0]], "try "),
+        ([[1, 0], [0.0, 1.0], [0.0, 0.001]], "try "),
+        ([[3, 1], [-3.0, 0.0]], "such as "),
+        ([[30, 1], [-1.0, 0.0]], "such as "),
+    ],
+)
+def test_the_optimizer_it_recommends_is_there(gradients, before):
     """The call in the recommendation, as it is printed."""
-    import gaba_jax
-
-    found = diagnose(*linear([0, 50], [0.0, 1.0]), ONES)
-    call = found.reasons[0].split("try ")[1].rstrip(".")
-    tx = eval(call, {"gaba": gaba_jax.gaba})
+    found = diagnose(*linear(*gradients), ONES)
+    (reason,) = (reason for reason in found.reasons if before in reason)
+    call = re.split(r"\.$|, or", reason.split(before)[1])[0]
+    tx = eval(call, vars(gaba_jax))
     assert isinstance(tx, optax.GradientTransformation)
