@@ -1,10 +1,35 @@
 """Gradient accumulation around a balancing transform."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int
+
+from gaba_jax._advance import task_presence
+from gaba_jax._contract import check_stacked, each_task
+
+
+class TaskMultiStepsState(NamedTuple):
+    r"""State of :class:`TaskMultiSteps`: that of ``optax.MultiSteps``, and whose labels came.
+
+    Attributes:
+      mini_step: [] int32, mini-steps since the last update.
+      gradient_step: [] int32, updates so far.
+      inner_opt_state: the state of the wrapped transform.
+      acc_grads: leaves [K, \*param.shape], the gradients of the mini-steps so far.
+      skip_state: of ``should_skip_update_fn``.
+      task_counts: [K] int32, the mini-steps so far in which each task was present.
+    """
+
+    mini_step: Int[Array, ""]
+    gradient_step: Int[Array, ""]
+    inner_opt_state: Any
+    acc_grads: Any
+    skip_state: Any
+    task_counts: Int[Array, " tasks"]
 
 
 class TaskMultiSteps(optax.MultiSteps):
@@ -15,11 +40,18 @@ class TaskMultiSteps(optax.MultiSteps):
     does the same and ``optax.MultiSteps`` would average gradients that are already balanced.)
     A weighting that needs losses sees those of the mini-step that completes the update.
 
+    With ``task_mask`` the mean of each task is over the mini-steps in which it was present, and the
+    tasks present in any of them take part in the update.
+
     Args:
       opt: the transform to wrap, such as ``optax.chain(gaba(), optax.adamw(1e-3))``.
       every_k_schedule: mini-steps per update, an int or a function of the updates so far.
       num_tasks: number of tasks K, default 2.
+      use_grad_mean: the mean over the mini-steps (default), or the sum.
       **options: the other options of ``optax.MultiSteps``.
+
+    Raises:
+      ValueError: when ``update`` is traced, on gradients that are not [num_tasks, \*param.shape].
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -38,18 +70,72 @@ class TaskMultiSteps(optax.MultiSteps):
         opt: optax.GradientTransformation,
         every_k_schedule: Any,
         num_tasks: int = 2,
+        use_grad_mean: bool = True,
         **options: Any,
     ):
-        super().__init__(opt, every_k_schedule, **options)
+        wrapped = optax.with_extra_args_support(opt)
+
+        def update(
+            updates: Any, state: Any, params: Any = None, *, mini_steps: Any, **extra_args: Any
+        ) -> tuple[Any, Any]:
+            """Of the mean over all mini-steps makes that over those a task was present in."""
+            counts, so_far = mini_steps
+            if use_grad_mean:
+                scale = so_far.astype(jnp.float32) / jnp.maximum(counts, 1).astype(jnp.float32)
+                updates = jax.tree.map(lambda g: each_task(scale.astype(g.dtype), g) * g, updates)
+            return wrapped.update(updates, state, params, **extra_args)
+
+        inner = optax.GradientTransformationExtraArgs(wrapped.init, update)
+        super().__init__(inner, every_k_schedule, use_grad_mean, **options)
         self._num_tasks = num_tasks
 
-    def init(self, params: Any) -> optax.MultiStepsState:
+    def init(self, params: Any) -> TaskMultiStepsState:
         r"""The state before any mini-step; its accumulators are [K, \*param.shape]."""
         state = super().init(params)
-        stacked = jax.tree.map(
-            lambda zeros: jnp.zeros((self._num_tasks, *zeros.shape), zeros.dtype), state.acc_grads
+        # Of the zeros themselves, which are sharded as the parameters are.
+        stacked = jax.tree.map(lambda zeros: jnp.stack([zeros] * self._num_tasks), state.acc_grads)
+        counts = jnp.zeros([self._num_tasks], jnp.int32)
+        return TaskMultiStepsState(*state._replace(acc_grads=stacked), counts)
+
+    def update(
+        self,
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        task_mask: ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, TaskMultiStepsState]:
+        r"""One mini-step: zeros, or the update that it completes.
+
+        Args:
+          updates: leaves [K, \*param.shape].
+          state: from :meth:`init` or the mini-step before.
+          params: the parameters.
+          task_mask: [K] bool, the tasks of this mini-step, default all; the gradient of an absent
+            one is not read.
+          **extra_args: passed on to the wrapped transform.
+
+        Returns:
+          (updates of the parameters' shapes, state).
+        """
+        remedy = (
+            "Pass the output of task_value_and_grad, and give TaskMultiSteps(..., num_tasks=K) the "
+            "number of its losses."
         )
-        return state._replace(acc_grads=stacked)
+        num_leaves = len(jax.tree.leaves(state.acc_grads))
+        check_stacked(updates, params, self._num_tasks, num_leaves, remedy)
+        present = task_presence(task_mask, self._num_tasks)
+        counts = state.task_counts + present.astype(jnp.int32)
+        if task_mask is not None:
+            extra_args["task_mask"] = counts > 0
+            updates = jax.tree.map(lambda g: jnp.where(each_task(present, g), g, 0), updates)
+        mini_steps = counts, state.mini_step + 1
+        updates, new = super().update(updates, state, params, mini_steps=mini_steps, **extra_args)
+        # A mini-step that was skipped moves neither.
+        skipped = (new.mini_step == state.mini_step) & (new.gradient_step == state.gradient_step)
+        counts = jnp.where(new.mini_step == 0, 0, counts)
+        return updates, TaskMultiStepsState(*new, jnp.where(skipped, state.task_counts, counts))
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
         """As a transform, which passes ``task_losses`` and ``task_mask`` on."""

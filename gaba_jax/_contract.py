@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 _REMEDY = (
     "Pass the output of task_value_and_grad, and put gaba() (or balance(...)) first in the chain, "
@@ -25,7 +26,14 @@ def leaf_names(tree: Any) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) -> None:
+def each_task(values: Array, leaf: Array) -> Array:
+    """[K] values with the axes that a leaf [K, ...] has, to broadcast over it."""
+    return jnp.expand_dims(values, tuple(range(1, leaf.ndim)))
+
+
+def check_stacked(
+    updates: Any, params: Any, num_tasks: int, num_leaves: int, remedy: str = _REMEDY
+) -> None:
     """Raises ValueError unless every leaf of ``updates`` is [num_tasks, *param.shape]."""
     if isinstance(params, optax.LookaheadParams):
         raise ValueError(
@@ -36,7 +44,7 @@ def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) ->
     if len(leaves) != num_leaves:
         raise ValueError(
             f"updates has {len(leaves)} leaves, but init saw parameters with {num_leaves}: "
-            f"gradients and parameters must have the same tree structure. {_REMEDY}"
+            f"gradients and parameters must have the same tree structure. {remedy}"
         )
     names = leaf_names(updates)
     if params is not None and leaf_names(params) != names:
@@ -55,11 +63,11 @@ def check_stacked(updates: Any, params: Any, num_tasks: int, num_leaves: int) ->
         if not shape or shape[0] != num_tasks:
             raise ValueError(
                 f"updates leaf {name!r} has shape {shape}, but its leading axis must be the "
-                f"{num_tasks} tasks (num_tasks={num_tasks}). {_REMEDY}"
+                f"{num_tasks} tasks (num_tasks={num_tasks}). {remedy}"
             )
         expected = shape if param is None else (num_tasks, *jnp.shape(param))
         if shape != expected:
             raise ValueError(
                 f"updates leaf {name!r} has shape {shape}, but must have shape {expected}: "
-                f"the tasks, then the parameter's shape. {_REMEDY}"
+                f"the tasks, then the parameter's shape. {remedy}"
             )

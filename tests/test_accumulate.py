@@ -54,6 +54,62 @@ def test_three_tasks_sums_and_skips():
     assert state.gradient_step == 1
 
 
+def test_a_task_is_averaged_over_the_mini_steps_that_have_it():
+    masks = np.array([[1, 0], [1, 1], [1, 1], [0, 1]], bool)
+    grads = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
+    params = jnp.zeros(3)
+    means = np.stack([grads[masks[:, i], i].mean(axis=0) for i in range(2)])
+    full = optax.chain(rule(), optax.sgd(0.1))
+    expected, expected_state = full.update(jnp.asarray(means), full.init(params), params)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        tx = TaskMultiSteps(optax.chain(rule(), optax.sgd(0.1)), 4)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for i in order:
+            unread = np.where(masks[i][:, None], grads[i], np.nan)
+            updates, state = update(jnp.asarray(unread), state, params, task_mask=masks[i])
+        np.testing.assert_allclose(updates, expected, rtol=1e-5)
+        weights = optax.tree.get(state.inner_opt_state, "task_weights")
+        np.testing.assert_allclose(weights, expected_state[0].task_weights, rtol=1e-5)
+        np.testing.assert_array_equal(state.task_counts, [0, 0])
+
+
+def test_a_task_absent_from_all_mini_steps_is_absent_from_the_update():
+    tx = TaskMultiSteps(balance(weighting.inverse_norm(2)), 2)
+    params, grads = jnp.zeros(2), jnp.array([[3.0, 4.0], [jnp.nan, 1.0]])
+    updates, state = None, tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params, task_mask=jnp.array([True, False]))
+    np.testing.assert_allclose(updates, [3, 4], rtol=1e-6)
+    np.testing.assert_allclose(state.inner_opt_state.task_weights, [1, 0])
+
+
+def test_a_skipped_mini_step_counts_for_no_task():
+    tx = TaskMultiSteps(
+        balance(weighting.uniform(2)), 2, should_skip_update_fn=optax.skip_not_finite
+    )
+    params, grads = jnp.zeros(1), jnp.array([[1.0], [3.0]])
+    updates, state = None, tx.init(params)
+    for factor, mask in ((1, [True, True]), (jnp.nan, [True, False]), (3, [True, False])):
+        updates, state = tx.update(factor * grads, state, params, task_mask=jnp.array(mask))
+    assert state.gradient_step == 1
+    np.testing.assert_allclose(updates, [0.5 * 2 + 0.5 * 3])  # means of (1, 3) and of (3,)
+
+
+def test_low_precision_stays():
+    tx = TaskMultiSteps(balance(weighting.uniform(2)), 2)
+    params, grads = jnp.zeros(2, jnp.bfloat16), jnp.ones((2, 2), jnp.bfloat16)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3)])
+def test_gradients_of_another_number_of_tasks(shape):
+    params = jnp.zeros(3)
+    tx = TaskMultiSteps(gaba(3), 2, num_tasks=3)
+    with pytest.raises(ValueError, match=r"TaskMultiSteps\(..., num_tasks=K\)"):
+        tx.update(jnp.ones(shape), tx.init(params), params)
+
+
 def test_as_a_transform_it_passes_losses_and_masks_on():
     tx = optax.chain(
         TaskMultiSteps(balance(weighting.gradnorm(2)), 1).gradient_transformation(),
