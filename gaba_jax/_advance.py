@@ -71,6 +71,17 @@ def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
     )
 
 
+def check_state(state: BalanceState, num_leaves: int, num_tasks: int) -> None:
+    """Raises ValueError on a state of other parameters, or of another number of tasks."""
+    shape = jnp.shape(state.seen_by_task)
+    if shape != (num_leaves, num_tasks):
+        raise ValueError(
+            f"the state is of {shape[0]} parameter leaves and {shape[1]} tasks, but there are "
+            f"{num_leaves} leaves and num_tasks={num_tasks}. Pass the state that init(params) made "
+            "for these parameters and this weighting."
+        )
+
+
 def measures_gradients(weighting: Weighting) -> bool:
     """Whether the weighting reads anything of the gradients."""
     return bool(weighting.needs & {"norms", "cosines"})
@@ -224,13 +235,17 @@ def task_presence(task_mask: Any, num_tasks: int) -> Bool[Array, " tasks"]:
     """The mask as [K] bool; all True for None."""
     if task_mask is None:
         return jnp.ones([num_tasks], bool)
-    mask = jnp.asarray(task_mask)
-    if mask.shape != (num_tasks,) or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"task_mask must be a bool array of shape ({num_tasks},), True for the tasks that take "
-            f"part in this update; got {mask.dtype} of shape {mask.shape}."
-        )
-    return mask
+    if isinstance(task_mask, dict | str):
+        got = f"a {type(task_mask).__name__}; list its values in the order of the losses"
+    else:
+        mask = jnp.asarray(task_mask)
+        if mask.shape == (num_tasks,) and mask.dtype == jnp.bool_:
+            return mask
+        got = f"{mask.dtype} of shape {mask.shape}"
+    raise ValueError(
+        f"task_mask must be a bool array of shape ({num_tasks},), True for the tasks that take "
+        f"part in this update; got {got}."
+    )
 
 
 def needed_losses(weighting: Weighting, task_losses: Any) -> Float[Array, " tasks"] | None:

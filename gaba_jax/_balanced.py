@@ -15,6 +15,7 @@ from gaba_jax._advance import (
     BalanceState,
     Measurement,
     advance,
+    check_state,
     hold,
     init_state,
     is_due,
@@ -155,6 +156,7 @@ def balanced_value_and_grad(
         params: Any, state: BalanceState, *args: Any, task_mask: ArrayLike | None = None
     ) -> tuple[tuple[Any, Any], BalanceState]:
         check_params(params)
+        check_state(state, len(jax.tree.leaves(params)), num_tasks)
         selection = select(shared, measure_on, params)
         wanted = wanted_leaves(selection, "propagate")
         # Without leaves there is no sum to run over the tasks.
@@ -355,9 +357,7 @@ def _in_microbatches(forward: Callable[..., _Run], params: Any, args: Any, size:
 
 def _zeros_to_sum(params: Any) -> Any:
     # Alike in sharding too, which on a mesh of Explicit axes is part of the type.
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
-    )
+    return jax.tree.map(lambda p: jnp.zeros_like(p, _stats.wide(p)), params)
 
 
 def _norms(

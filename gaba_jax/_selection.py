@@ -38,9 +38,15 @@ class _ByName:
         paths = leaf_names(params)
         for name in self._names:
             if paths and not any(_matches(name, path) for path in paths):
+                hint = ""
+                if jax.tree_util.all_leaves([params]):
+                    hint = (
+                        " Under optax.inject_hyperparams, which takes functions for schedules, "
+                        "name the argument in static_args."
+                    )
                 raise ValueError(
                     f"{self!r}: {name!r} matches no parameter. A name matches whole segments of "
-                    f"a path; the paths are: {', '.join(paths)}"
+                    f"a path; the paths are: {', '.join(paths)}.{hint}"
                 )
         matched = [any(_matches(name, path) for name in self._names) for path in paths]
         chosen = matched if self._kind == "only" else [not match for match in matched]

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from gaba_jax._contract import each_task
 
 # Slices run faster; past this many the program takes too long to compile.
 _MOST_SLICES = 256
@@ -175,7 +178,7 @@ def cosines(
 
     def whole(leaf: Array, factor: Array) -> Array:
         axes = tuple(range(1, leaf.ndim))
-        scaled = leaf * jnp.expand_dims(factor, axes)
+        scaled = leaf * each_task(factor, leaf)
         return lax.dot_general(
             scaled.conj(), scaled, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
         ).real
@@ -183,9 +186,8 @@ def cosines(
     dots = sliced if len(pairs) * len(leaves) <= _MOST_SLICES else whole
     gram = jnp.zeros([num_tasks, num_tasks], jnp.float32)
     for index, leaf in enumerate(leaves):
-        accurate = accumulator(leaf)
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, accurate))
-        of_leaf = dots(wide, unit.astype(accurate)).astype(jnp.float32)
+        of_leaf = dots(leaf.astype(wide(leaf)), unit.astype(accumulator(leaf)))
+        of_leaf = of_leaf.astype(jnp.float32)
         # Chosen afterwards: zero times the NaN of a leaf that is not measured would be NaN.
         gram = gram + jnp.where(measured[index], of_leaf, 0)
     diagonal = jnp.eye(num_tasks, dtype=bool)
@@ -194,5 +196,9 @@ def cosines(
 
 def accumulator(array: Array) -> jnp.dtype:
     """Float32, or float64 for leaves of that width."""
-    wide = jnp.finfo(array.dtype).bits > 32
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    return jnp.finfo(wide(array)).dtype
+
+
+def wide(array: Array) -> jnp.dtype:
+    """The dtype itself where it has 32 bits or more (complex: twice 32), else float32."""
+    return np.promote_types(array.dtype, np.float32)  # JAX's own refuses bfloat16 when strict

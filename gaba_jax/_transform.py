@@ -15,6 +15,7 @@ from gaba_jax import weighting as weightings
 from gaba_jax._advance import (
     Measurement,
     advance,
+    check_state,
     init_state,
     measures_gradients,
     needed_losses,
@@ -105,6 +106,7 @@ def balance(
     ) -> tuple[Any, Any]:
         del extra_args
         check_stacked(updates, params, num_tasks, state.seen_by_task.shape[0])
+        check_state(state, state.seen_by_task.shape[0], num_tasks)
         task_losses = needed_losses(weighting, task_losses)
         present = task_presence(task_mask, num_tasks)
         like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
@@ -363,7 +365,7 @@ def combine(
     """
 
     def total(leaf: Array, factors: Array) -> Array:
-        accurate = jnp.promote_types(leaf.dtype, jnp.float32)
+        accurate = _stats.wide(leaf)
         total = jnp.zeros(leaf.shape[1:], accurate)
         for i in range(leaf.shape[0]):
             term = leaf[i].astype(accurate) * factors[i].astype(accurate)

@@ -170,10 +170,12 @@ def check_params(params: Any) -> None:
 def check_inexact(tree: Any, what: str, remedy: str) -> None:
     """Raises ValueError on a leaf that is not floating-point."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        kind = leaf.dtype if hasattr(leaf, "dtype") else type(leaf)  # of a function, say
+        if not jnp.issubdtype(kind, jnp.inexact):
+            is_array = hasattr(leaf, "dtype")
+            got = f"has dtype {kind}" if is_array else f"is of type {kind.__name__}"
             raise ValueError(
-                f"{what} must be floating-point; leaf {path_name(path)!r} has dtype "
-                f"{jnp.result_type(leaf)}. {remedy}"
+                f"{what} must be floating-point; leaf {path_name(path)!r} {got}. {remedy}"
             )
 
 

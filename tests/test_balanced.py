@@ -619,6 +619,25 @@ def test_wrong_weighting_and_losses():
         balanced.value_and_grad(PARAMS, balanced.init(PARAMS), *BATCH, task_mask=jnp.ones(3))
 
 
+def test_a_state_of_other_parameters():
+    balanced = balanced_value_and_grad(losses_fn, GABA)
+    with pytest.raises(ValueError, match=r"state is of 1 parameter leaves and 3 tasks, but there"):
+        balanced.value_and_grad(PARAMS, balanced.init(jnp.ones(2)), *BATCH)
+
+
+@pytest.mark.parametrize("options", [{}, {"norms": "ghost"}, {"measure": "lagged"}])
+def test_low_precision_under_strict_promotion(options):
+    def losses(params, x):
+        h = jnp.tanh(x @ params["w"])
+        return h.mean(), (h**2).mean()
+
+    params, x = {"w": jnp.full((2, 3), 0.1, jnp.bfloat16)}, jnp.ones((4, 2), jnp.bfloat16)
+    balanced = balanced_value_and_grad(losses, weighting.uniform(2), **options)
+    with jax.numpy_dtype_promotion("strict"):
+        (_, grads), _ = balanced.value_and_grad(params, balanced.init(params), x)
+    assert grads["w"].dtype == jnp.bfloat16
+
+
 def test_float64():
     with jax.enable_x64(True):
         params, batch = jax.tree.map(

@@ -306,7 +306,8 @@ def test_leaves_of_all_kinds(name, options):
     grads = jax.tree.map(lambda p: jnp.ones((K, *p.shape), p.dtype).at[0].multiply(100), params)
     tx = balance(RULES[name](), **options)
     state = tx.init(params)
-    updates, after = jax.jit(functools.partial(tx.update, **EXTRA))(grads, state, params)
+    with MODES["strict_promotion"]():
+        updates, after = jax.jit(functools.partial(tx.update, **EXTRA))(grads, state, params)
     assert_same_types(updates, params)
     assert_same_types(after, state)
     expected = jnp.dot(after.task_weights, jnp.array([100.0, 1.0, 1.0]), precision="highest")

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -65,6 +66,12 @@ def test_a_name_matches_whole_segments():
 def test_errors_come_at_init_and_list_the_paths(shared, measure_on, message):
     tx = gaba(shared=shared, measure_on=measure_on)
     with pytest.raises(ValueError, match=message):
+        tx.init(PARAMS)
+
+
+def test_a_selector_taken_for_a_schedule():
+    tx = optax.inject_hyperparams(gaba, static_args=("num_tasks",))(shared=exclude("a"))
+    with pytest.raises(ValueError, match=r"inject_hyperparams.* name the argument in static_args"):
         tx.init(PARAMS)
 
 

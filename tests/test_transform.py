@@ -423,3 +423,15 @@ def test_a_wrong_mask(mask):
     tx = gaba()
     with pytest.raises(ValueError, match=r"bool array of shape \(2,\)"):
         tx.update(gradients(1, 1), tx.init(PARAMS), task_mask=mask)
+
+
+@pytest.mark.parametrize("mask", [{"rul": True, "health": False}, "rul"])
+def test_a_mask_that_is_no_array(mask):
+    tx = gaba()
+    with pytest.raises(ValueError, match=r"shape \(2,\).*got a (dict|str); list its values"):
+        tx.update(gradients(1, 1), tx.init(PARAMS), task_mask=mask)
+
+
+def test_a_state_of_another_number_of_tasks():
+    with pytest.raises(ValueError, match=r"and 3 tasks, but there are .* num_tasks=2"):
+        gaba().update(gradients(1, 1), gaba(3).init(PARAMS), PARAMS)

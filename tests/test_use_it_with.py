@@ -124,6 +124,30 @@ class TestSilentMistakes:
         _, state = tx.update(grads, tx.init(both), both, task_mask=mask)
         assert (optax.tree.get(state, "task_weights") > 0).all()
 
+    def test_gaba_within_partition_leaves_the_heads_stacked(self, toy):
+        losses_fn, params, batch = toy
+        labels = {"backbone": "trunk", "rul_head": "head", "health_head": "head"}
+        tx = optax.partition(
+            {"trunk": balance(weighting.inverse_norm(2)), "head": optax.identity()}, labels
+        )
+        updates, _ = update_of(tx, losses_fn, params, batch)
+        assert updates["backbone"]["kernel"].shape == params["backbone"]["kernel"].shape
+        assert updates["rul_head"].shape == (2, *params["rul_head"].shape)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_sam_refuses_masks_and_losses(toy, opaque):
+    losses_fn, params, batch = toy
+    losses, grads = task_value_and_grad(losses_fn)(params, *batch)
+    balancer = balance(weighting.inverse_norm(2))
+    inner = optax.chain(balancer, optax.sgd(0.1)) if opaque else optax.sgd(0.1)
+    sam = optax.contrib.sam(inner, inner, opaque_mode=opaque)
+    tx = optax.chain(optax.identity() if opaque else balancer, sam)
+    given = {"grad_fn": lambda params, _: grads} if opaque else {}
+    for extra in ({"task_mask": jnp.array([True, False])}, {"task_losses": losses}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(extra))}'"):
+            tx.update(grads, tx.init(params), params, **given, **extra)
+
 
 class TestMovingFromASum:
     def test_rescaled_has_the_gradient_scale_of_the_sum(self, toy):
@@ -226,6 +250,31 @@ class TestManyTasks:
         """The heads in one leaf [K, 8]: then what is shared has to be named."""
         errors = jnp.tanh(x @ params["backbone"]) @ params["heads"].T - y
         return jnp.mean(errors**2, axis=0)
+
+    @pytest.mark.parametrize("rule", ["gaba", "upgrad", "gradnorm"])
+    def test_64_tasks_learn(self, rule):
+        """Under rules on norms, on cosines and on losses, scales 100x apart."""
+        x = jax.random.normal(jax.random.key(0), (32, 4))
+        options = {"min_weight": 0.0, "warmup_steps": 0} if rule == "gaba" else {}
+        targets = jnp.tanh(x @ jax.random.normal(jax.random.key(1), (4, self.K)))
+        targets = targets * jnp.geomspace(1, 100, self.K)
+        balanced = balanced_value_and_grad(
+            self.losses_fn, getattr(weighting, rule)(self.K, **options), shared=only("backbone")
+        )
+        tx = optax.adam(0.1)
+
+        def step(carry, _):
+            params, state, opt_state = carry
+            (losses, grads), state = balanced.value_and_grad(params, state, x, targets)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), state, opt_state), losses
+
+        params = {"backbone": jnp.ones((4, 8)) / 8, "heads": jnp.zeros((self.K, 8))}
+        start = (params, balanced.init(params), tx.init(params))
+        (_, state, _), losses = jax.jit(lambda c: jax.lax.scan(step, c, length=50))(start)
+        assert state.task_weights.shape == (self.K,)
+        assert state.nonfinite_count == 0
+        assert losses[-1].sum() < 0.9 * losses[0].sum()
 
     @pytest.mark.parametrize("path", ["unroll", "scan", "balanced"])
     def test_64_tasks(self, by_hand, path):

@@ -147,6 +147,13 @@ def test_wrong_losses(losses, has_aux, message):
         task_value_and_grad(losses, has_aux=has_aux)(jnp.ones(2))
 
 
+def test_parameters_that_are_no_arrays():
+    """As of an Equinox model that was not partitioned."""
+    params = {"w": jnp.ones(2), "activation": jnp.tanh}
+    with pytest.raises(ValueError, match=r"'activation' is of type .*eqx.partition"):
+        task_value_and_grad(lambda p: (p["w"].sum(), p["w"].mean()))(params)
+
+
 def test_unknown_method():
     with pytest.raises(ValueError, match='"unroll", "vmap" or "scan"'):
         task_value_and_grad(lambda w: w, method="loop")
