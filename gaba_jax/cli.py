@@ -250,7 +250,14 @@ def _train(command: Train, console: Console) -> int:
         )
         return 128 + noted[0]
     if out is not None:
-        _write(run, data, out)
+        try:
+            _write(run, data, out)
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+            again = "resume" if command.checkpoint_every else "train again"
+            raise OSError(
+                f"{out}: the run is finished, but could not be written ({error}). Make room there, "
+                f"and {again}."
+            ) from error
     _report(run, config, out, console)
     return 0
 
@@ -287,10 +294,12 @@ def _check_out(command: Train) -> bool:
     if command.resume and with_checkpoints:
         return True
     if not command.overwrite and (with_checkpoints or (out / "metrics.jsonl").exists()):
-        other = ", --resume to go on with it" if with_checkpoints else ""
-        raise FileExistsError(
-            f"{out} holds an earlier run. Name another --out{other}, or pass --overwrite."
-        )
+        what, other = "an earlier run", ", or pass --overwrite"
+        if with_checkpoints:
+            other = f", --resume to go on with it{other}"
+        elif command.resume:
+            what, other = "an earlier run without checkpoints", other + " in place of --resume"
+        raise FileExistsError(f"{out} holds {what}. Name another --out{other}.")
     return False
 
 
@@ -342,9 +351,6 @@ def _compare(command: Compare, console: Console) -> None:
 
 
 def _write(run: Run, data: TurbofanData, out: Path) -> None:
-    scores = {name: compare.finite(run.summary[name]) for name in ("validation", "test")}
-    summary = json.dumps(run.summary | scores, indent=2, allow_nan=False)
-    (out / "summary.json").write_text(summary + "\n")
     norms = np.concatenate([record.task_norms for record in run.records])
     weights = np.concatenate([record.task_weights for record in run.records])
     losses = np.concatenate([record.losses for record in run.records])
@@ -358,6 +364,7 @@ def _write(run: Run, data: TurbofanData, out: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         state = nnx.to_pure_dict(nnx.merge_state(run.params, run.stats))
         checkpointer.save((out / "params").absolute(), state, force=True)
+    compare.write_json(out / "summary.json", run.summary)  # last: a run that has one is complete
 
 
 def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -> None:

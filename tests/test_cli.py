@@ -1,5 +1,6 @@
 """The command gaba-jax, as a user types it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -90,7 +91,33 @@ def test_checkpoints_are_not_replaced_unasked_and_overwrite_removes_them(tmp_pat
     assert run("train", *SMALL, "--out", out, "--overwrite") == 0
     assert not (out / "checkpoints").exists()
     assert run("train", *SMALL, "--out", out, "--checkpoint-every", 100, "--resume") == 1
-    assert "holds an earlier run. Name another --out, or" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "without checkpoints. Name another --out, or pass --overwrite in place of --res" in said
+
+
+def test_a_finished_run_that_cannot_be_written_is_not_called_complete(tmp_path, capsys):
+    (tmp_path / "balance.png").mkdir()
+    assert run("train", *SMALL, "--out", tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "the run is finished, but could not be written" in said
+    assert "balance.png" in said
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_signal_after_the_last_update_stops_before_the_report(tmp_path, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def late(noted):
+        yield
+        noted.append(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "noting_signals", late)
+    arguments = ["train", *SMALL, "--out", tmp_path, "--checkpoint-every", 100]
+    assert run(*arguments) == 143
+    assert "stopped after the last update, saved in" in capsys.readouterr().err
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    assert run(*arguments, "--resume") == 0
+    assert (tmp_path / "summary.json").exists()
 
 
 def read_events(folder):

@@ -80,6 +80,34 @@ def test_averaged_weights_learn_nothing_from_such_batches():
     np.testing.assert_array_equal(states.next_task_weights, np.full((STEPS, 2), 0.5))
 
 
+def test_an_average_around_it_learns_from_one_task_too():
+    """Constant norms: the outer average of weights, debiased, is what the inner one says."""
+    alone, around = (
+        make_rule(),
+        weighting.stabilize(make_rule(), warmup_steps=0, min_weight=0.0, debias=True, beta=0.5),
+    )
+    assert around.least_present == 1
+    states = []
+    for rule in (alone, around):
+        tx = balance(rule, shared=lambda params: jax.tree.map(lambda _: True, params))
+        state = tx.init(PARAMS)
+        for step in range(12):
+            grads = jax.tree.map(
+                lambda p, t=step % 2: jnp.zeros((2, *p.shape)).at[t].set(100.0**-t), PARAMS
+            )
+            _, state = tx.update(grads, state, PARAMS, task_mask=jnp.arange(2) == step % 2)
+        states.append(state)
+    np.testing.assert_allclose(
+        states[1].next_task_weights, states[0].next_task_weights, rtol=0, atol=1e-3
+    )
+    assert states[1].next_task_weights[1] > 0.9
+
+
+def test_normalized_shows_it_no_norms():
+    with pytest.raises(ValueError, match=r"Put stabilize around: stabilize\(normalized\(...\)\)"):
+        weighting.normalized(make_rule())
+
+
 def test_a_nan_in_such_a_batch_is_not_averaged():
     tx = balance(make_rule())
     state = tx.init(PARAMS)

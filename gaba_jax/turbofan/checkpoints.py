@@ -287,6 +287,9 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, target: Any) -> dict
         else np.empty(array.shape, array.dtype)
         for name, array in stored.items()
     }
+    for array in like.values():
+        if isinstance(array, jax.ShapeDtypeStruct) and array.sharding is not None:
+            array.sharding.shard_shape(array.shape)  # raises on one that does not divide
     with _damage_reported(manager, step):
         return manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like))
@@ -340,10 +343,12 @@ def _check_same(directory: Path, kept: Mapping[str, Any], run: Mapping[str, Any]
 def _damage_reported(manager: ocp.CheckpointManager, step: int) -> Generator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # of many types, from orbax and tensorstore
         raise ValueError(
-            f"{manager.directory / str(step)} cannot be read ({_cause(error)}). Remove that folder "
-            "to go on from the checkpoint before it."
+            f"{manager.directory / str(step)} cannot be read ({_cause(error)}). If it is damaged, "
+            "remove that folder to go on from the checkpoint before it."
         ) from error
 
 

@@ -147,7 +147,7 @@ def run(
                 train_seeds(data[1], cell.config, cell.rule, missing, report),
                 strict=True,
             ):
-                _write(files[seed], _result(cell, seed, made))
+                write_json(files[seed], _result(cell, seed, made))
         results += [json.loads(file.read_text()) for file in files.values()]
     return results
 
@@ -216,11 +216,11 @@ def _result(cell: Cell, seed: int, made: Run) -> dict[str, Any]:
     }
 
 
-def _write(file: Path, result: dict[str, Any]) -> None:
-    """In one step: a file that is there is whole."""
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """In one step: a file that is there is whole. What is not finite becomes null."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
     os.replace(partial, file)
 
 

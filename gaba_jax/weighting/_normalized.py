@@ -36,7 +36,7 @@ def normalized(weighting: Weighting) -> Weighting:
       contributions :math:`\lambda_i g_i` is h times the sum of w. An absent task keeps w.
 
     Raises:
-      ValueError: ``weighting`` is no :class:`Weighting`.
+      ValueError: ``weighting`` is no :class:`Weighting`, or one that averages norms.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,6 +50,11 @@ def normalized(weighting: Weighting) -> Weighting:
       Array([0.375, 0.375], dtype=float32)
     """
     check_weighting(weighting)
+    if weighting.least_present == 1:
+        raise ValueError(
+            'the weighting averages norms (average="norms"), and normalized shows it none but 1. '
+            "Put stabilize around: stabilize(normalized(...))."
+        )
 
     def update(stats: TaskStats, state: Any) -> tuple[Array, Any]:
         pulls = stats.present & (stats.norms > 0)

@@ -134,6 +134,8 @@ def stabilize(
         raise ValueError(f'{average=} must be "weights" or "norms".')
     of_norms = average == "norms"
     rule = _of_averaged_norms(weighting, beta) if of_norms else weighting
+    # Then each weight holds by itself, and the average needs nobody else to be present.
+    alone = of_norms or weighting.least_present == 1
 
     def init() -> StabilizeState:
         return StabilizeState(
@@ -154,10 +156,11 @@ def stabilize(
             inner_weights, inner_state = rule.update(
                 stats._replace(elapsed=passed), state.inner_state
             )
-            present, decay = jnp.ones_like(stats.present), jnp.zeros([], jnp.float32)
+            decay = jnp.zeros([], jnp.float32)
         else:
             inner_weights, inner_state = rule.update(stats, state.inner_state)
-            present, decay = stats.present, _decay(beta, passed)
+            decay = _decay(beta, passed)
+        present = jnp.ones_like(stats.present) if alone else stats.present
         raw = _scaled_to_average(inner_weights, present, state.ema_weights)
         mass = decay * state.ema_mass + (1 - decay)
         rate = _rate(decay, mass)
@@ -179,7 +182,7 @@ def stabilize(
         init,
         update,
         equal_weights(num_tasks),
-        least_present=1 if of_norms else 2,
+        least_present=1 if alone else 2,
     )
 
 

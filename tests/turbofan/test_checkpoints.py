@@ -284,9 +284,22 @@ def test_a_later_format_says_to_upgrade(tmp_path):
 def test_a_damaged_checkpoint_names_its_folder(lost, tmp_path):
     shutil.copytree(FIXTURE / "checkpoints", tmp_path / "c")
     (tmp_path / "c" / "4" / lost).unlink()
-    with pytest.raises(ValueError, match=r"c/4 cannot be read \(.*\)\. Remove that folder") as said:
+    with pytest.raises(ValueError, match=r"c/4 cannot be read \(.*\)\. If it is dam") as said:
         restore(tmp_path / "c", state_of(TINY, 4, 2))
     assert "\n" not in str(said.value)
+
+
+def test_a_sharding_that_does_not_fit_is_no_damage():
+    mesh = jax.sharding.AbstractMesh((3,), ("data",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    target = jax.tree.map(
+        lambda leaf: (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread) if leaf.ndim else leaf
+        ),
+        state_of(TINY, 4, 2)["params"],
+    )
+    with pytest.raises(ValueError, match="partitioned 3 times, but the dimension size is"):
+        restore(FIXTURE / "checkpoints", {"params": target})
 
 
 @pytest.mark.parametrize(
