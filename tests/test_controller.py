@@ -325,6 +325,21 @@ def test_what_the_study_says_of_the_loops_is_so():
     found = study.step_and_noise(rule) | study.finished_task(rule)
     for key, value in result["loops"]["proportional_integral"].items():
         np.testing.assert_allclose(found[key], value, rtol=1e-3)
+    # As docs/benchmarks.md says of the digits.
+    means = {
+        scale: {
+            name: np.mean(each["accuracies"][scale], axis=1)
+            for name, each in result["digits"].items()
+        }
+        for scale in study.SCALES
+    }
+    apart, equal = means["apart"], means["equal"]
+    rule = apart.pop("proportional_integral")
+    assert np.all(rule > apart["uniform"])
+    assert 0.02 < np.mean(rule - apart["uniform"]) < np.mean(rule - apart["inverse_norm"])
+    assert all(np.mean(rule - other) > 0.01 for other in apart.values())
+    assert np.mean(apart["the same from 1/K"]) < 0.6
+    assert max(equal, key=lambda name: np.mean(equal[name])) == "uniform"
     data = study.toy.overlay_digits(partners=1)
     accuracies, departures = study.classify(study.methods(4)["gaba, recommended"], data, (0, 1), 1)
     assert accuracies.shape == (2, 2, 4)

@@ -96,6 +96,16 @@ def test_every_name_in_the_table_exists():
             value = getattr(value, part)
 
 
+def test_as_many_rules_as_it_counts():
+    no_rules = {"constant", "stabilize", "rescaled", "normalized", "gradnorm_balance_point"}
+    names = [name for name in weighting.__all__ if name.islower() and name not in no_rules]
+    needs = [getattr(weighting, name)(3).needs for name in names]
+    assert sum("cosines" in each for each in needs) == 11
+    assert sum(each == {"losses"} for each in needs) == 7
+    assert "eleven rules on norms and cosines" in README
+    assert "seven rules on the losses alone" in README
+
+
 def test_the_study_is_that_of_its_runs():
     tables, page = _page.tables(), _page.PAGES[0].read_text()
     for name, table in tables.items():

@@ -75,7 +75,8 @@ def proportional_integral(
     Otherwise it starts from 1/K, and until the integral has moved, the loud task dominates; Adam's
     second moment remembers that for 1/(1 - b2) updates.
 
-    When not to use it: a finished task (:math:`g_i \to 0`) is handed the weight of the others, as
+    When not to use it: where losses have the same scale, equal contributions did not beat uniform
+    weights (``python -m benchmarks.controller``). A finished task (:math:`g_i \to 0`) is handed the weight of the others, as
     :func:`inverse_norm` does, only later; the floor is what stops it. With noise from batch to
     batch the contributions are equal on average, and not in every update as there.
 
