@@ -85,17 +85,18 @@ class TaskMultiSteps(optax.MultiSteps):
                 updates = jax.tree.map(lambda g: each_task(scale.astype(g.dtype), g) * g, updates)
             return wrapped.update(updates, state, params, **extra_args)
 
-        inner = optax.GradientTransformationExtraArgs(wrapped.init, update)
+        given: Any = update  # it needs an extra argument, which the methods below pass
+        inner = optax.GradientTransformationExtraArgs(wrapped.init, given)
         super().__init__(inner, every_k_schedule, use_grad_mean, **options)
         self._num_tasks = num_tasks
 
-    def init(self, params: Any) -> TaskMultiStepsState:
-        r"""The state before any mini-step; its accumulators are [K, \*param.shape]."""
-        state = super().init(params)
+    def init(self, params: Any) -> Any:
+        r"""The :class:`TaskMultiStepsState` before any mini-step."""
+        state: Any = super().init(params)
         # Of the zeros themselves, which are sharded as the parameters are.
         stacked = jax.tree.map(lambda zeros: jnp.stack([zeros] * self._num_tasks), state.acc_grads)
         counts = jnp.zeros([self._num_tasks], jnp.int32)
-        return TaskMultiStepsState(*state._replace(acc_grads=stacked), counts)
+        return TaskMultiStepsState(**state._asdict() | {"acc_grads": stacked}, task_counts=counts)
 
     def update(
         self,
@@ -105,7 +106,7 @@ class TaskMultiSteps(optax.MultiSteps):
         *,
         task_mask: ArrayLike | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, TaskMultiStepsState]:
+    ) -> tuple[Any, Any]:
         r"""One mini-step: zeros, or the update that it completes.
 
         Args:
@@ -131,11 +132,13 @@ class TaskMultiSteps(optax.MultiSteps):
             extra_args["task_mask"] = counts > 0
             updates = jax.tree.map(lambda g: jnp.where(each_task(present, g), g, 0), updates)
         mini_steps = counts, state.mini_step + 1
+        new: Any
         updates, new = super().update(updates, state, params, mini_steps=mini_steps, **extra_args)
         # A mini-step that was skipped moves neither.
         skipped = (new.mini_step == state.mini_step) & (new.gradient_step == state.gradient_step)
         counts = jnp.where(new.mini_step == 0, 0, counts)
-        return updates, TaskMultiStepsState(*new, jnp.where(skipped, state.task_counts, counts))
+        counts = jnp.where(skipped, state.task_counts, counts)
+        return updates, TaskMultiStepsState(**new._asdict(), task_counts=counts)
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
         """As a transform, which passes ``task_losses`` and ``task_mask`` on."""

@@ -33,6 +33,8 @@ from gaba_jax.turbofan.diagnosis import diagnose_run
 from gaba_jax.turbofan.events import event_writer
 from gaba_jax.turbofan.train import EpochRecord, Run, load_data, train
 
+_ALL = 1e9  # seconds: an epoch may take longer than those 30 that rich looks back on
+
 
 @dataclasses.dataclass(frozen=True)
 class Simulate:
@@ -191,7 +193,8 @@ def _train(command: Train, console: Console) -> int:
     config, out = command.config, command.out
     make_weighting(config)  # a wrong option shows before the data is read
     noted: list[int] = []
-    checkpoints = _checkpoints(command, noted, console)
+    replayed = [0]
+    checkpoints = _checkpoints(command, noted, replayed, console)
     if command.tensorboard and out is None:
         raise ValueError("--tensorboard needs a folder: pass --out.")
     going_on = _check_out(command)
@@ -216,20 +219,21 @@ def _train(command: Train, console: Console) -> int:
             TimeRemainingColumn(),
             TextColumn("loss x weight: {task.fields[status]}"),
             console=console,
+            speed_estimate_period=_ALL,
         ) as progress,
     ):
         bar = progress.add_task("train", total=config.epochs, status="compiling")
 
         def on_epoch(record: EpochRecord) -> None:
             scalars = record.scalars
-            progress.update(
-                bar,
-                completed=record.epoch,
-                status=", ".join(
-                    f"{task} {scalars[f'loss/{task}']:.3g} x {scalars[f'weight/{task}']:.3f}"
-                    for task in TASKS
-                ),
+            status = ", ".join(
+                f"{task} {scalars[f'loss/{task}']:.3g} x {scalars[f'weight/{task}']:.3f}"
+                for task in TASKS
             )
+            if record.epoch * len(record.losses) <= replayed[0]:  # it took no time now
+                progress.reset(bar, completed=record.epoch, status=status)
+            else:
+                progress.update(bar, completed=record.epoch, status=status)
             if out is not None:
                 # A resumed run begins with the epochs that were finished before.
                 with (out / "metrics.jsonl").open("w" if record.epoch == 1 else "a") as file:
@@ -255,14 +259,16 @@ def _train(command: Train, console: Console) -> int:
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
             again = "resume" if command.checkpoint_every else "train again"
             raise OSError(
-                f"{out}: the run is finished, but could not be written ({error}). Make room there, "
-                f"and {again}."
+                f"{out}: the run is finished, but could not be written: {error}. Mend that, and "
+                f"{again}."
             ) from error
     _report(run, config, out, console)
     return 0
 
 
-def _checkpoints(command: Train, noted: Sequence[int], console: Console) -> Checkpoints | None:
+def _checkpoints(
+    command: Train, noted: Sequence[int], replayed: list[int], console: Console
+) -> Checkpoints | None:
     if command.checkpoint_every is None:
         if command.resume:
             raise ValueError(
@@ -274,12 +280,17 @@ def _checkpoints(command: Train, noted: Sequence[int], console: Console) -> Chec
         raise ValueError(
             f"--checkpoint-every {command.checkpoint_every} needs a folder: pass --out."
         )
+
+    def on_resume(step: int) -> None:
+        replayed[0] = step
+        console.print(f"Going on after update {step}")
+
     return Checkpoints(
         command.out / "checkpoints",
         command.checkpoint_every,
         resume=command.resume,
         stop=lambda: bool(noted),
-        on_resume=lambda step: console.print(f"Going on after update {step}"),
+        on_resume=on_resume,
     )
 
 
@@ -329,6 +340,7 @@ def _compare(command: Compare, console: Console) -> None:
         TextColumn("{task.percentage:.0f} %, left:"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
+        speed_estimate_period=_ALL,
     ) as progress:
         bar = progress.add_task("compare", total=total, cell="")
 

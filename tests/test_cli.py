@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gaba_jax import cli
 from gaba_jax.turbofan import metrics
-from gaba_jax.turbofan.train import TrainConfig, load_data, train
+from gaba_jax.turbofan.train import EpochRecord, TrainConfig, load_data, train
 
 SMALL = ["--epochs", "2", "--stride", "10"]
 
@@ -118,6 +118,38 @@ def test_a_signal_after_the_last_update_stops_before_the_report(tmp_path, capsys
     monkeypatch.undo()
     assert run(*arguments, "--resume") == 0
     assert (tmp_path / "summary.json").exists()
+
+
+def test_the_time_left_is_told_of_long_epochs_and_after_a_resume(tmp_path, monkeypatch):
+    now, left = [0.0], []
+
+    class Clocked(cli.Progress):
+        def __init__(self, *columns, **options):
+            super().__init__(*columns, get_time=lambda: now[0], auto_refresh=False, **options)
+            left.append(lambda: self.tasks[0].time_remaining)
+
+    def slow(data, config, on_epoch, checkpoints, budget):
+        def finish(epoch, seconds):
+            now[0] += seconds
+            values = np.ones((3, 2), np.float32)
+            scalars = dict.fromkeys(("loss/rul", "loss/health", "weight/rul", "weight/health"), 1.0)
+            on_epoch(EpochRecord(epoch, scalars, values, values, values))
+
+        now[0] += 60  # compiling
+        checkpoints.on_resume(3 * 100 + 1)
+        for epoch in range(1, 101):
+            finish(epoch, 0.001)
+        for epoch in range(101, 104):
+            finish(epoch, 150)
+            told.append(left[0]())
+        raise ValueError("enough")
+
+    told = []
+    monkeypatch.setattr(cli, "Progress", Clocked)
+    monkeypatch.setattr(cli, "train", slow)
+    options = ["--epochs", 500, "--stride", 60, "--checkpoint-every", 9]
+    assert run("train", *options, "--out", tmp_path / "run") == 1
+    assert told[1:] == pytest.approx([150 * 398, 150 * 397], abs=2)  # two epochs make an estimate
 
 
 def read_events(folder):
@@ -238,6 +270,13 @@ def test_simulate_then_train_on_it(tmp_path, capsys):
         (["train", "--learning-rate", "-1"], "learning_rate=-1.0 must be positive"),
         (["train", "--shared", "trunk"], "'trunk' matches no parameter"),
         (["train", "--learning-rate", "1e30", *SMALL], "no longer finite in epoch 1"),
+        (  # of one update, after which there are no more losses
+            [
+                *("train", "--learning-rate", "1e30", "--schedule", "constant", "--epochs", "1"),
+                *("--stride", "60", "--batch-size", "96", "--out", "o"),
+            ],
+            "the predicted RUL is no longer finite after epoch 1. Lower the learning rate",
+        ),
         (["simulate", "somewhere", "--conditions", "3"], "conditions"),
         (["train", "--checkpoint-every", "5"], "--checkpoint-every 5 needs a folder: pass --out"),
         (["train", "--out", "o", "--checkpoint-every", "0"], "checkpoint_every=0 must be at least"),

@@ -111,7 +111,14 @@ def train(
     data: Path, out: Path, subset: str, options: dict[str, Any], flags: Sequence[str]
 ) -> Made:
     """Runs ``gaba-jax train``, or what is left of it, and returns what it wrote."""
-    if not (out / "summary.json").exists():
+    if (out / "summary.json").exists():
+        kept = json.loads((out / "summary.json").read_text())["config"]
+        changed = [name for name in options if kept[name.replace("-", "_")] != options[name]]
+        if changed:
+            raise SystemExit(
+                f"{out} holds a run with another {', '.join(changed)}: name another folder of runs."
+            )
+    else:
         named = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         where = ("--data", str(data), "--subset", subset, "--out", str(out))
         keep = ("--checkpoint-every", "200", "--resume")

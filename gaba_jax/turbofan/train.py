@@ -103,7 +103,7 @@ def train(
       ValueError: a value of ``config``, or ``budget``, is out of range, or the checkpoints to go
         on from are of another run, or cannot be read.
       FileExistsError: there are checkpoints, but they are not to be resumed.
-      FloatingPointError: the losses are no longer finite.
+      FloatingPointError: the losses, or what the model predicts, are no longer finite.
       OSError: a checkpoint could not be written.
       Stopped: ``checkpoints.stop`` asked for it.
 
@@ -126,7 +126,13 @@ def train(
 
     check_config(config, len(data.train.rul))
     rule = make_weighting(config)
-    return _train_seeds(data, config, rule, (config.seed,), checked, checkpoints, budget)[0]
+    (run,) = _train_seeds(data, config, rule, (config.seed,), checked, checkpoints, budget)
+    if run.summary["diverged"]:
+        raise FloatingPointError(
+            f"the predicted RUL is no longer finite after epoch {run.summary['epochs']}. "
+            f"Lower the learning rate (it is {config.learning_rate})."
+        )
+    return run
 
 
 def train_seeds(

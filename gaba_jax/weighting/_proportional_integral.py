@@ -76,9 +76,10 @@ def proportional_integral(
     second moment remembers that for 1/(1 - b2) updates.
 
     When not to use it: where losses have the same scale, equal contributions did not beat uniform
-    weights (``python -m benchmarks.controller``). A finished task (:math:`g_i \to 0`) is handed the weight of the others, as
-    :func:`inverse_norm` does, only later; the floor is what stops it. With noise from batch to
-    batch the contributions are equal on average, and not in every update as there.
+    weights (``python -m benchmarks.controller``). A finished task (:math:`g_i \to 0`) is handed the
+    weight of the others, as :func:`inverse_norm` does, only later; the floor is what stops it. With
+    noise from batch to batch the contributions are equal on average, and not in every update as
+    there.
 
     A task that is at the floor and still has nearly the whole share leaves small errors to the
     others, and they are evened out the more slowly.

@@ -96,3 +96,15 @@ def test_what_the_page_says_of_the_gradient_ratio():
     assert all(480 < ends[subset] < 1000 for subset in ("FD002", "FD004"))
     assert all(180 < ends[subset] < 210 for subset in ("FD001", "FD003"))
     assert 550 < max(max(found["median"]) for found in ratios["compact"].values()) < 570
+
+
+def test_a_run_with_other_options_is_not_taken_for_the_one_asked_for(tmp_path):
+    kept = full.PROTOCOL | full.SHORT | {"epochs": 10, "seed": 0}
+    config = {name.replace("-", "_"): value for name, value in kept.items()}
+    (tmp_path / "summary.json").write_text(json.dumps({"config": config}))
+    np.savez(tmp_path / "history.npz", task_norms=np.ones((5, 2)))
+    summary, _ = full.train(tmp_path, tmp_path, "FD001", kept, ())
+    assert summary["config"] == config
+    asked = full.PROTOCOL | full.LONG | {"epochs": 500, "seed": 0}
+    with pytest.raises(SystemExit, match="another schedule, warmup-epochs, epochs: name another"):
+        full.train(tmp_path, tmp_path, "FD001", asked, ())
