@@ -6,12 +6,15 @@ reader's own, and the search index is part of the pages.
 What only a build needs is imported in it: doctests import this module without the extra ``docs``.
 """
 
+import re
 import shutil
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 NOTEBOOKS = DOCS / "notebooks"  # copies of ../notebooks, while a build runs
+PAGES = "https://github.com/gaba-jax/gaba_jax/blob/main/docs/"  # as notebooks link them
+WIDE = 560  # pixels: a picture of more is not made smaller than that
 
 project = "gaba_jax"
 author = "The gaba_jax authors"
@@ -25,8 +28,10 @@ suppress_warnings = []
 myst_enable_extensions = ["attrs_block", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks hold their outputs
+nb_render_markdown_format = "gfm"  # a table is one in an output too
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as they are written: min_weight=...
 autodoc_typehints = "none"  # the docstrings say shapes, units and defaults
 python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
@@ -48,12 +53,31 @@ html_theme_options = {
 }
 
 
+# What the converter to MathML leaves as it is.
+LEFT = {r"\arg": "arg", r"\|": "‖", r"\_": "_", "\\\n": "\N{NO-BREAK SPACE}"}
+
+
 def mathml(formula: str, display: str) -> str:
-    """A formula that browsers render by themselves."""
+    """A formula that browsers render by themselves.
+
+    The converter sets no space round "log", and too much in "min(a)", "|a|" and "= -a".
+    """
     from latex2mathml.converter import convert
 
+    function = r"\\(?:arg|cos|exp|ln|log|max|min|sin|tanh)(?![a-z])"
+    subscript = r"(?:_\w|_\{[^{}]*\})?"
+    formula = re.sub(rf"({function}{subscript}) *(?=[a-zA-Z0-9\\])", r"\1\\, ", formula)
+    formula = re.sub(rf"(?<=[\w)}}]) *(?={function})", r"\\, ", formula)
     formula = formula.replace("{aligned}", "{split}")  # the one that the converter knows
-    return convert(formula, display=display)
+    html = convert(formula, display=display)
+    html = re.sub("<mo>([a-z]{2,})</mo>", r"<mi>\1</mi>", html)
+    html = re.sub("<mo([^>]*>&#x0007C;)", r'<mo lspace="0" rspace="0"\1', html)
+    html = re.sub(r"((?:&#x000(?:28|3D);|\[)</mo><mo)(>&#x02212;)", r'\1 form="prefix"\2', html)
+    for left, meant in LEFT.items():
+        html = html.replace(left, meant)
+    if "\\" in html:
+        raise ValueError(f"{formula}: the converter does not know all of it: {html}")
+    return html
 
 
 def visit_inline(translator, node) -> None:
@@ -92,9 +116,30 @@ def join_returns(app, what: str, name: str, obj, options, lines: list[str]) -> N
         lines[first] = lines[first].replace(":returns: ", f":returns: {sentence}: ", 1)
 
 
+def skip_fields(app, what: str, name: str, obj, skip: bool, options) -> bool | None:
+    """Those of a NamedTuple: they are under Attributes, or say nothing of themselves."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field") else None
+
+
+def init_signature(app, what: str, name: str, obj, options, signature: str, returns: str):
+    """That of ``__init__`` for a Flax module: autodoc reads one of its metaclass."""
+    from sphinx.util.inspect import signature as signature_of
+    from sphinx.util.inspect import stringify_signature
+
+    if what == "class" and signature == "(*args, **kwargs)":
+        init = signature_of(obj.__init__, bound_method=True)
+        return stringify_signature(init, show_annotation=False), returns
+    return None
+
+
 def tidy(app, doctree) -> None:
-    """Drops the empty line that ends a doctest's block, and pictures from elsewhere."""
+    """What is the same on all pages: code, pictures, and links of notebooks to pages.
+
+    Drops the empty line that ends a doctest's block, and pictures from elsewhere; wide pictures get
+    the class ``wide``.
+    """
     from docutils import nodes
+    from sphinx.util.images import get_image_size
 
     for block in doctree.findall(nodes.literal_block):
         code = block.astext().rstrip("\n")
@@ -103,6 +148,29 @@ def tidy(app, doctree) -> None:
     for image in list(doctree.findall(nodes.image)):
         if "://" in image["uri"]:  # a notebook's badge: its words will do without a network
             image.replace_self(nodes.Text(image.get("alt", "")))
+            continue
+        image.setdefault("alt", "What the code above draws.")
+        size = get_image_size(app.srcdir / image["uri"])
+        if size is None or size[0] > WIDE:  # a drawing without a size is as wide as the page
+            image["classes"].append("wide")
+    for link in doctree.findall(nodes.reference):
+        before, _, page = link.get("refuri", "").removesuffix(".md").partition(PAGES)
+        if not before and page in app.env.found_docs:
+            link["refuri"] = app.builder.get_relative_uri(app.env.docname, page)
+            link["internal"] = True
+
+
+def let_names_break(app, pagename: str, template: str, context: dict, doctree) -> None:
+    """In tables, between the words of a name, where a column is narrow."""
+
+    def in_text(text: re.Match[str]) -> str:
+        return re.sub(r"(?<=\w[_.,:=])(?=[a-z])", "<wbr>", text[0])
+
+    def in_cell(cell: re.Match[str]) -> str:
+        return re.sub(r">[^<]+", in_text, cell[0])
+
+    if "body" in context:
+        context["body"] = re.sub(r"<td.*?</td>", in_cell, context["body"], flags=re.DOTALL)
 
 
 def copy_notebooks(app, config) -> None:
@@ -126,6 +194,9 @@ def setup(app) -> None:
     app.connect("autodoc-process-docstring", replace_in_attributes(": ", "\0 "), priority=400)
     app.connect("autodoc-process-docstring", replace_in_attributes("\0 ", ": "), priority=600)
     app.connect("autodoc-process-docstring", join_returns, priority=600)
+    app.connect("autodoc-process-signature", init_signature)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("doctree-read", tidy)
+    app.connect("html-page-context", let_names_break)
     app.connect("config-inited", copy_notebooks)
     app.connect("build-finished", remove_notebooks)

@@ -62,7 +62,7 @@ print("gaba_jax", gaba_jax.__version__)
 # computed in this cell.
 
 
-# %%
+# %% tags=["hide-input"]
 class Panel:
     """Controls by name; ``show(**values)`` returns a picture and a table for their values.
 
@@ -201,7 +201,7 @@ def png(figure):
 # the first measurement.
 
 
-# %%
+# %% tags=["hide-input"]
 @partial(jax.jit, static_argnames="debias")
 def closed_form_and_200_steps(norms, beta, warmup_steps, min_weight, debias):
     options = {"beta": beta, "warmup_steps": warmup_steps, "min_weight": min_weight}
@@ -262,7 +262,7 @@ Panel(
 # far apart as they are, the square root halves the distance on the log axis.
 
 
-# %%
+# %% tags=["hide-input"]
 RULES = {
     "uniform": weighting.uniform(2),
     "square root": weighting.inverse_norm(2, power=0.5),
@@ -319,7 +319,7 @@ Panel(
 # the norm of its own task grows, though no other task pulls there.
 
 
-# %%
+# %% tags=["hide-input"]
 def dual_head(params, x):
     hidden = x
     for layer in params["backbone"].values():
@@ -420,7 +420,7 @@ Panel(
 # learning.
 
 
-# %%
+# %% tags=["hide-input"]
 def rule_over_time(rule, norms, losses, steps=200):
     """The weights of a rule that needs losses, under constant norms and losses."""
     stats = weighting.TaskStats(norms, None, losses, jnp.ones(2, bool), jnp.int32(1))
@@ -544,7 +544,7 @@ Panel(
 # a classifier on turbofan data have shown.
 
 
-# %%
+# %% tags=["hide-input"]
 @partial(jax.jit, static_argnames="steps")
 def simulated(norms, beta, min_weight, steps):
     rule = weighting.gaba(2, beta=beta, warmup_steps=100, min_weight=min_weight)
@@ -645,7 +645,7 @@ Panel(
 # two tasks a weight is at most $1/(K-1)$, so that the closed form leaves contributions unequal.
 
 
-# %%
+# %% tags=["hide-input"]
 @jax.jit
 def floored(weights, min_weight):
     kinds = ("renormalize", "project")

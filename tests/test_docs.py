@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks import docs_pages, performance
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+CONF = runpy.run_path(str(DOCS / "conf.py"))
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 
 
@@ -44,17 +46,36 @@ def public_names(module):
     return {name for name in found if not name.startswith("_")}
 
 
+def public_members(owner):
+    """Methods and properties of a class, that it defines or a base of it in this package."""
+    found = {}
+    ours = [base for base in inspect.getmro(owner) if base.__module__.startswith("gaba_jax")]
+    for base in ours:
+        for name, value in vars(base).items():
+            function = value.fget if isinstance(value, property) else value
+            defined = getattr(function, "__qualname__", None) == f"{base.__qualname__}.{name}"
+            if defined and not name.startswith("_"):
+                found[name] = value
+    return found
+
+
 def documented():
     """What the pages api*.md document: full names, and the modules that hold them."""
     names, modules = [], []
     for page in (text for name, text in PAGES.items() if name.startswith("api")):
         current = None
-        for kind, name in re.findall(r"^\.\. (?:auto|py:)?(\w+):: ([\w.]+)", page, re.MULTILINE):
+        entry = r"^\.\. (?:auto|py:)?(\w+):: ([\w.]+).*\n((?: .*\n|\n(?= ))*)"
+        for kind, name, body in re.findall(entry, page, re.MULTILINE):
             if kind in ("module", "currentmodule"):
                 current = name
                 modules += [name] * (kind == "module")
-            else:
-                names.append(f"{current}.{name}")
+                continue
+            names.append(f"{current}.{name}")
+            members = re.findall(r"^ +\.\. auto(?:method|property):: (\w+)", body, re.MULTILINE)
+            if ":members:" in body:  # of those without a docstring it makes nothing
+                found = public_members(getattr(importlib.import_module(current), name))
+                members += [member for member, value in found.items() if inspect.getdoc(value)]
+            names += [f"{current}.{name}.{member}" for member in members]
     return names, modules
 
 
@@ -62,7 +83,13 @@ def test_the_reference_is_complete():
     names, modules = documented()
     assert len(names) == len(set(names))
     assert sorted(modules) == sorted(public_modules())
-    expected = {f"{module}.{name}" for module in public_modules() for name in public_names(module)}
+    expected = set()
+    for module in public_modules():
+        for name in public_names(module):
+            expected.add(f"{module}.{name}")
+            found = getattr(importlib.import_module(module), name)
+            if inspect.isclass(found):
+                expected |= {f"{module}.{name}.{member}" for member in public_members(found)}
     without_entry = sorted(expected - {*names, *modules})
     assert without_entry == []
     not_public = sorted(set(names) - expected)
@@ -74,6 +101,8 @@ def test_the_reference_is_more_than_a_few_names():
     assert len(documented()[0]) > 100
     assert {"gaba", "weighting"} <= public_names("gaba_jax")
     assert "TASKS" in public_names("gaba_jax.turbofan.config")
+    assert {"table", "reasons"} <= set(public_members(gaba_jax.Diagnosis))
+    assert set(public_members(gaba_jax.BalanceState)) == set()
 
 
 def toctrees(page):
@@ -124,6 +153,37 @@ def test_includes_find_their_markers():
             assert end in readme.partition(start)[2], (start, end)
             included += 1
     assert included == 3
+
+
+def test_formulas_are_mended():
+    pytest.importorskip("latex2mathml", reason="needs the extra docs")
+    mathml = CONF["mathml"]
+    space = '<mspace width="0.167em" />'
+    assert f"<mi>log</mi>{space}<msub>" in mathml(r"\log w_i", "inline")
+    assert f"<mi>x</mi>{space}<mi>log</mi>" in mathml(r"x \log w", "inline")
+    assert "<mi>min</mi><mo" in mathml(r"\min(a, b)", "inline")
+    assert f"<mi>arg</mi>{space}<msub><mi>max</mi>" in mathml(r"\arg\max_i a", "inline")
+    assert '<mo form="prefix">' in mathml("[-1, 1]", "inline")
+    assert "form" not in mathml("(a) - 1", "inline")
+    with pytest.raises(ValueError, match="does not know"):
+        mathml(r"\nosuchcommand x", "inline")
+
+
+def test_names_in_tables_break_between_words():
+    context = {"body": '<p>a_b</p><td><a href="a_b.html">a_b:c=0.5,d=true</a> e_</td>'}
+    CONF["let_names_break"](None, "page", "page.html", context, None)
+    name = "a_<wbr>b:<wbr>c=0.5,<wbr>d=<wbr>true"
+    assert context["body"] == f'<p>a_b</p><td><a href="a_b.html">{name}</a> e_</td>'
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.py")), ids=lambda path: path.stem)
+def test_notebooks_link_pages(path):
+    """By addresses that work in Colab too; conf.py makes them links within the documentation."""
+    links = re.findall(r"\]\((\S*/docs/\S*)\)", path.read_text())
+    assert len(links) == {"quickstart": 2, "turbofan": 1}.get(path.stem, 0)
+    for link in links:
+        assert link.startswith(CONF["PAGES"])
+        assert link.removeprefix(CONF["PAGES"]) in PAGES
 
 
 def test_measured_tables():
