@@ -91,6 +91,7 @@ class Panel:
         try:
             self.image, numbers = self.show(**{name: c.value for name, c in self.controls.items()})
         except ValueError as error:  # what the library has against these values
+            self.picture.value = ""
             self.numbers.value = f'<p class="refused">{html.escape(str(error))}</p>'
             return
         drawn = self.image
@@ -604,7 +605,7 @@ def show_loop(ratio, update, beta, min_weight):
         arrow((276, 98), (299, 98)),
         block(300, 54, "average", f"β = {beta:g}, t = {after}", average),
         arrow((422, 98), (445, 98)),
-        block(446, 54, "floor", f"at least {min_weight:g}", applied),
+        block(446, 54, "floor", f"max with {min_weight:g}, / sum", applied),
         arrow((568, 98), (621, 98)),
         '<text x="594" y="88" font-size="12">weights</text>',
         block(622, 54, "model", "norms", norms),
