@@ -56,20 +56,26 @@ def test_what_the_page_says_of_the_runs():
     (uniform,), (gaba,), (recommended,) = FD001.values()
     of_all = [uniform, gaba, recommended]
     assert f"in {sum(run['timing']['seconds'] for run in of_all) / 60:.0f} minutes" in PAGE
-    assert [run["epochs"] for run in of_all] == [10, 6, 6]
-    assert [run["evaluated_epoch"] for run in of_all] == [3, 3, 3]
-    for split in ("validation", "test"):
-        assert uniform[split]["rmse"] == min(run[split]["rmse"] for run in of_all)
+    steps = sum(run["updates"] * run["timing"]["step_seconds"] for run in of_all)
+    assert f"({steps / 60:.0f} by the median" in PAGE
+    assert [run["epochs"] for run in of_all] == [12, 12, 12]
+    assert [run["evaluated_epoch"] for run in of_all] == [6, 7, 5]
+    assert min(run["validation"]["rmse"] for run in of_all) == gaba["validation"]["rmse"]
+    assert abs(gaba["test"]["rmse"] - uniform["test"]["rmse"]) < 0.05
+    assert gaba["test"]["nasa_score"] > uniform["test"]["nasa_score"]
+    accuracy = {run["test"]["health_accuracy"] for run in of_all}
+    assert max(accuracy) == recommended["test"]["health_accuracy"]
     for run in of_all:
-        assert 14 < run["test"]["rmse"] < 16
+        assert 14 < run["test"]["rmse"] < 15
         assert run["test_uncapped"]["rmse"] > run["test"]["rmse"]
-        assert 12.9 < run["test_all_windows"]["rmse"] < 15
+        assert 12 < run["test_all_windows"]["rmse"] < 13
         assert 56 < run["test_all_windows_uncapped"]["rmse"] < 58
-        assert run["test_all_windows"]["nasa_score"] > 100 * 434.4
+        assert run["test_all_windows"]["nasa_score"] > 90 * 434.4
+    assert 13 < DOCUMENT["compact"]["FD001"]["test_all_windows"]["rmse"] < 13.1
 
 
 def test_how_far_the_published_figures_are():
-    for subset, (least, most) in {"FD001": (2, 7), "FD002": (5.5, 6.5)}.items():
+    for subset, (least, most) in {"FD001": (2, 5.2), "FD002": (5.5, 6.5)}.items():
         for published, full_name, compact in full.NAMES:
             rmse, _ = full.PUBLISHED[subset].get(published, (None, None))
             if rmse is None:
@@ -87,19 +93,18 @@ def test_how_far_the_published_figures_are():
 
 def test_what_the_page_says_of_the_gradient_ratio():
     ratios = DOCUMENT["ratios"]
-    fd001 = ratios["full"]["FD001"]
-    assert fd001["epoch"][int(np.argmax(fd001["median"]))] == 0.375  # of one epoch of warm-up
-    peaks = {subset: max(found["median"]) for subset, found in ratios["full"].items()}
-    assert all(1850 < peak < 3250 for peak in peaks.values())
-    assert all(370 < found["median"][0] < 510 for found in ratios["full"].values())
-    ends = {subset: found["median"][-1] for subset, found in ratios["full"].items()}
-    assert all(480 < ends[subset] < 1000 for subset in ("FD002", "FD004"))
-    assert all(180 < ends[subset] < 210 for subset in ("FD001", "FD003"))
+    for found in ratios["full"].values():
+        assert found["epoch"][int(np.argmax(found["median"]))] < 2
+        assert 1650 < max(found["median"]) < 3450
+        assert 315 < found["median"][0] < 590
+    ends = {subset: np.median(found["median"][-4:]) for subset, found in ratios["full"].items()}
+    assert 175 < ends.pop("FD001") < 185
+    assert all(525 < end < 655 for end in ends.values())
     assert 550 < max(max(found["median"]) for found in ratios["compact"].values()) < 570
 
 
 def test_a_run_with_other_options_is_not_taken_for_the_one_asked_for(tmp_path):
-    kept = full.PROTOCOL | full.SHORT | {"epochs": 10, "seed": 0}
+    kept = full.PROTOCOL | full.SHORT | {"epochs": 12, "seed": 0}
     config = {name.replace("-", "_"): value for name, value in kept.items()}
     (tmp_path / "summary.json").write_text(json.dumps({"config": config}))
     np.savez(tmp_path / "history.npz", task_norms=np.ones((5, 2)))
