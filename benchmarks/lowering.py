@@ -2,9 +2,10 @@
 
 Exports every path for TPU and CUDA, for one device and for an abstract mesh of 256, and searches
 the StableHLO for custom calls and callbacks. Compiles it for 8 CPU devices, the batch sharded over
-them and the parameters replicated ("data parallel") or every kernel sharded too ("fsdp"), counts
-the collectives and compares three steps with those of one device. Prints tables, writes
-benchmarks/lowering.json, and exits with 1 on a call, a failed export or a step that differs.
+them and the parameters replicated ("data parallel") or every kernel sharded too and gathered where
+it is used ("fsdp", as in docs/meshes.md), counts the collectives and compares three steps with
+those of one device. Prints tables, writes benchmarks/lowering.json, and exits with 1 on a call, a
+failed export or a step that differs.
 
 A collective counts as often as a step runs it: times the trip counts of the loops around it. The
 loop of ``gaba_jax._stats.safe_norms`` has none that XLA knows and counts once: it runs again only
@@ -132,9 +133,8 @@ def _num_bytes(shape: str) -> int:
     return bits // 8
 
 
-def shardings(layout: str, params: Any, carry: Any) -> Any:
+def shardings(layout: str, mesh: jax.sharding.Mesh, params: Any, carry: Any) -> Any:
     """Those of the carry; under fsdp kernels are split on the first dimension that divides."""
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     kernels = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
 
     def place(leaf: jax.Array) -> NamedSharding:
@@ -145,6 +145,16 @@ def shardings(layout: str, params: Any, carry: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map(place, carry)
+
+
+def gathered(model: Model, mesh: jax.sharding.Mesh) -> Model:
+    """With the kernels gathered where they are used; else XLA may move activations instead."""
+    everywhere = NamedSharding(mesh, P())
+
+    def encoder(params: Any, *batch: jax.Array) -> jax.Array:
+        return model.encoder(jax.lax.with_sharding_constraint(params, everywhere), *batch)
+
+    return model._replace(encoder=encoder)
 
 
 def deviation(carry: Any, expected: Any) -> float:
@@ -179,11 +189,13 @@ def compiled(
     expected = carry
     for _ in range(STEPS):
         expected, _ = one_device(expected, model.batch)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     result = {}
     for layout in layouts:
-        places = shardings(layout, model.params, carry)
+        placed = gathered(model, mesh) if layout == "fsdp" else model
+        step, _ = make_step(path, placed, num_tasks)
+        places = shardings(layout, mesh, model.params, carry)
         here = jax.device_put(carry, places)
-        mesh = jax.tree.leaves(places)[0].mesh
         batch = jax.device_put(model.batch, NamedSharding(mesh, P("data")))
         program = jax.jit(step, out_shardings=(places, None)).lower(here, batch).compile()
         for _ in range(STEPS):

@@ -81,6 +81,11 @@ def main(
     """
     # A process that dies takes the others with it, after this many seconds at the latest.
     jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=20)
+    if BATCH % jax.device_count():
+        raise ValueError(
+            f"{BATCH=} must be a multiple of the number of devices: there are "
+            f"{jax.device_count()}, on {jax.process_count()} processes."
+        )
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     on_all, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     carry, start = jax.device_put(init(), on_all), 0

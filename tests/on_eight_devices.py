@@ -1,10 +1,17 @@
-"""Twenty steps of one small model on 8 CPU devices, placed in every way: prints JSON.
+"""What 8 CPU devices do with the steps, the states and the page docs/meshes.md: prints JSON.
 
 Run by tests/test_meshes.py in a process of its own, since the number of devices is fixed at start.
-Per layout and path: how far parameters and state (the weights are in it) end from those of one
-device, and the collectives of the compiled step as [operation, bytes, executions].
+
+"steps": twenty steps of one small model, placed in every way; per layout and path how far
+parameters and state (the weights are in it) end from those of one device, and the collectives of
+the compiled step as [operation, bytes, executions]. The same collectives of the page's own step.
+"states": per mesh and optimizer where the page's ``place_state`` puts the state and two steps
+leave it.
 """
 
+import contextlib
+import doctest
+import fcntl
 import functools
 import json
 import os
@@ -15,18 +22,33 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.lowering import collectives, deviation
-from gaba_jax import balanced_value_and_grad, gaba, task_value_and_grad, weighting
+from gaba_jax import TaskMultiSteps, balanced_value_and_grad, gaba, task_value_and_grad, weighting
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGE = "docs/meshes.md"
 K, STEPS, BATCH, WIDTH = 2, 20, 16, 16
 RULE = functools.partial(weighting.gaba, K, warmup_steps=2, beta=0.9)
 PATHS = ("plain", "stacked", "exact", "lagged")
+WIDE = 128  # of the page's kernels: XLA moves activations if it may
+KERNELS = {"w1": True, "w2": True, "a": False, "b": False}
+MOMENTUM = optax.sgd(1e-3, momentum=0.9)
+OPTIMIZERS = {
+    "adamw": optax.chain(gaba(K), optax.adamw(1e-3)),
+    "muon": optax.chain(gaba(K), optax.contrib.muon(1e-3)),
+    "masked": optax.chain(gaba(K), optax.masked(MOMENTUM, KERNELS)),
+    "partition": optax.chain(
+        gaba(K), optax.partition({True: MOMENTUM, False: optax.sgd(1e-3)}, KERNELS)
+    ),
+    "TaskMultiSteps": TaskMultiSteps(optax.chain(gaba(K), MOMENTUM), 2),
+    "lookahead": optax.lookahead(optax.chain(gaba(K), MOMENTUM), 5, 0.5),
+}
 
 
 class Layout(NamedTuple):
@@ -54,22 +76,42 @@ LAYOUTS = {
 }
 
 
-def of_process(*arguments):
-    """What Python, called with these arguments in a process of its own, prints as JSON."""
-    # LLVM's optimisation comes after the partitioning and takes most of the time.
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def of_process(tmp_path_factory, name, *arguments):
+    """What Python, called with these arguments in a process of its own, prints as JSON.
+
+    The first worker of a run that asks for this name waits for the process, others for the first.
+    """
+    # Code comes after the partitioning and takes most of the time: the quickest to make will do.
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    printed = shared / f"{name}.json"
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return json.loads(printed.read_text())
+
+
+@functools.cache
+def page():
+    """The names that the page defines: its code has run on these devices."""
+    code = doctest.DocTestParser().get_doctest((ROOT / PAGE).read_text(), {}, PAGE, PAGE, 0)
+    failed, _ = doctest.DocTestRunner().run(code, out=sys.stderr.write, clear_globs=False)
+    assert failed == 0
+    return code.globs
 
 
 def init():
+    """Parameters, and the batch (x, y) of every step."""
     keys = jax.random.split(jax.random.key(0), 6)
     params = {
         "w1": jax.random.normal(keys[0], (WIDTH, WIDTH)) / 4,
@@ -77,8 +119,8 @@ def init():
         "a": jax.random.normal(keys[2], (WIDTH,)),
         "b": jax.random.normal(keys[3], (WIDTH,)),
     }
-    x = jax.random.normal(keys[4], (STEPS, BATCH, WIDTH))
-    return params, (x, jnp.sin(x.sum(axis=2)))
+    x = np.asarray(jax.random.normal(keys[4], (STEPS, BATCH, WIDTH)))
+    return params, list(zip(x, np.sin(x.sum(axis=2)), strict=True))
 
 
 def make_losses(layout=None, mean=lambda loss: loss):
@@ -133,42 +175,36 @@ def make_step(path, losses_fn, average=lambda grads: grads):
     return step, (balanced, adamw)
 
 
-def place_state(tx, params):
-    """``tx.init(params)``: what mirrors a parameter lies where it does, the rest everywhere."""
-    everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, P())
-    shardings = optax.tree_map_params(
-        tx,
-        lambda _, param: param.sharding,
-        jax.eval_shape(tx.init, params),
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return jax.jit(tx.init, out_shardings=shardings)(params)
-
-
 def train(step, carry, batches, **options):
     """The last carry, and the compiled step. It takes its own output again: all stays in place."""
-    first = [of_all[0] for of_all in batches]
-    program = jax.jit(step, **options).lower(carry, *first).compile()
-    for i in range(STEPS):
-        carry = program(carry, *(of_all[i] for of_all in batches))
+    program = jax.jit(step, **options).lower(carry, *batches[0]).compile()
+    for batch in batches:
+        carry = program(carry, *batch)
     return carry, program
 
 
-def on_a_mesh(layout, path, params, batches):
-    step, parts = make_step(path, make_losses(layout))
+@contextlib.contextmanager
+def placed(layout, params, batches):
+    """Parameters and batches on the mesh of a layout, which is the mesh within."""
+    axes = layout.axes
     mesh = jax.make_mesh(
-        tuple(layout.axes.values()),
-        tuple(layout.axes),
-        axis_types=(layout.axis_type,) * len(layout.axes),
+        tuple(axes.values()), tuple(axes), axis_types=(layout.axis_type,) * len(axes)
     )
     with jax.set_mesh(mesh):
         specs = jax.tree.map(lambda p: layout.params if p.ndim > 1 else P(), params)
         params = jax.device_put(params, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
-        batches = jax.device_put(batches, NamedSharding(mesh, P(None, *layout.batch)))
-        carry = (params, *(place_state(part, params) for part in parts))
-        places = jax.tree.map(lambda leaf: leaf.sharding, carry)
-        return train(step, carry, batches, out_shardings=places)
+        yield params, jax.device_put(batches, NamedSharding(mesh, layout.batch))
+
+
+def places_of(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def on_a_mesh(layout, path, params, batches):
+    step, parts = make_step(path, make_losses(layout))
+    with placed(layout, params, batches) as (params, batches):
+        carry = (params, *(page()["place_state"](part, params) for part in parts))
+        return train(step, carry, batches, out_shardings=places_of(carry))
 
 
 def under_shard_map(check_vma, path, params, batches):
@@ -192,10 +228,71 @@ def under_shard_map(check_vma, path, params, batches):
     return train(step, (params, *(part.init(params) for part in parts)), batches)
 
 
+def moved(program):
+    found = collectives(program.as_text()).items()
+    return [[operation, size, n] for (operation, size), n in found]
+
+
+def of_the_page():
+    """Per path the collectives of a step on the page's gathered losses; "stacked" is its own."""
+    names = page()
+    params = jax.tree.map(lambda leaf: jnp.ones([WIDE] * leaf.ndim), names["params"])
+    params = jax.device_put(params, names["shardings"])
+    x, y = jnp.ones((WIDE // 4, WIDE)), jnp.ones(WIDE // 4)
+    x, y = jax.device_put((x, y), NamedSharding(names["mesh"], P("data")))
+    opt_state = names["place_state"](names["tx"], params)
+    lowered = {"stacked": names["train_step"].lower(params, opt_state, x, y)}
+    for path in ("plain", "exact", "lagged"):
+        step, parts = make_step(path, names["gathered_losses_fn"])
+        carry = (params, *(names["place_state"](part, params) for part in parts))
+        lowered[path] = jax.jit(step, out_shardings=places_of(carry)).lower(carry, x, y)
+    return {path: {"collectives": moved(step.compile())} for path, step in lowered.items()}
+
+
+def misplaced(layout, mesh, tree):
+    """Leaves that are not where they belong: like a kernel, stacked or not, or else everywhere."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        like_a_kernel = leaf.shape[-2:] == (WIDTH, WIDTH)
+        spec = P(*[None] * (leaf.ndim - 2), *layout.params) if like_a_kernel else P()
+        if not leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim):
+            found.append(f"{jax.tree_util.keystr(path)}: {leaf.sharding}")
+    return found
+
+
+def keeps_its_place(layout, name, params, batches):
+    """Leaves like a kernel, what is misplaced before and after two steps, and traces or error."""
+    tx, losses_fn, traces = OPTIMIZERS[name], make_losses(layout), 0
+
+    def step(params, opt_state, x, y):
+        nonlocal traces
+        traces += 1
+        _, grads = task_value_and_grad(losses_fn)(getattr(params, "fast", params), x, y)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = jax.tree.map(jnp.copy, params)  # the first is donated
+    with placed(layout, params, batches) as (params, batches):
+        mesh = params["w1"].sharding.mesh
+        if name == "lookahead":
+            params = optax.LookaheadParams(params, jax.tree.map(jnp.copy, params))
+        carry = (params, page()["place_state"](tx, params))
+        kernels = sum(leaf.shape[-2:] == (WIDTH, WIDTH) for leaf in jax.tree.leaves(carry[1]))
+        found = {"kernels": kernels, "at first": misplaced(layout, mesh, carry)}
+        named = layout.axis_type is AxisType.Auto  # else the step says it by itself
+        options = {"out_shardings": places_of(carry)} if named else {}
+        compiled = jax.jit(step, donate_argnums=(0, 1), **options)
+        try:
+            for batch in batches[:2]:
+                carry = compiled(*carry, *batch)
+        except Exception as error:  # jax's ShardingTypeError is not public
+            return found | {"error": type(error).__name__}
+        return found | {"after": misplaced(layout, mesh, carry), "traces": traces}
+
+
 def main():
     params, batches = init()
-    found = {name: {} for name in LAYOUTS}
-    found |= {"shard_map": {}, "shard_map, unchecked": {}}
+    steps = {name: {} for name in LAYOUTS} | {"shard_map": {}, "shard_map, unchecked": {}}
     for path in PATHS:
         step, parts = make_step(path, make_losses())
         expected, _ = train(step, (params, *(part.init(params) for part in parts)), batches)
@@ -205,12 +302,17 @@ def main():
             runs["shard_map, unchecked"] = functools.partial(under_shard_map, False)
         for name, run in runs.items():
             carry, program = run(path, params, batches)
-            moved = collectives(program.as_text()).items()
-            found[name][path] = {
+            steps[name][path] = {
                 "deviation": deviation(carry, expected),
-                "collectives": [[operation, size, n] for (operation, size), n in moved],
+                "collectives": moved(program),
             }
-    print(json.dumps(found))
+    steps[PAGE] = of_the_page()
+    states = {
+        f"{name}, {optimizer}": keeps_its_place(LAYOUTS[name], optimizer, params, batches)
+        for name in ("fsdp", "fsdp, explicit")
+        for optimizer in OPTIMIZERS
+    }
+    print(json.dumps({"steps": steps, "states": states}))
 
 
 if __name__ == "__main__":

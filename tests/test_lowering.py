@@ -8,6 +8,7 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import performance
 from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
 from tests.on_eight_devices import of_process
 
@@ -114,6 +115,7 @@ LAYOUTS = {
     "stacked": ("data parallel", "fsdp"),
     "exact": ("data parallel", "fsdp"),
     "lagged": ("data parallel",),
+    "encoder": ("data parallel",),
 }
 COUNT = f"""
 import json, jax
@@ -126,9 +128,9 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices():
+def on_eight_devices(tmp_path_factory):
     """Collectives and deviations that benchmarks.lowering finds, in a process of 8 devices."""
-    return of_process("-c", COUNT)
+    return of_process(tmp_path_factory, "lowering", "-c", COUNT)
 
 
 def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devices):
@@ -141,6 +143,7 @@ def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devi
         "stacked": (1, K * trunk + K * head + losses),  # a head has the gradient of one task
         "exact": (K + 1, (K + 1) * gradient + losses),
         "lagged": (K + 1, K * gradient + losses),  # the losses apart
+        "encoder": (2, gradient + 2 * losses),  # with the norms of the features' gradients
     }
     assert all(row["bytes"] == row["all-reduce"]["bytes"] for row in found.values())
     assert all(row["uncounted_loops"] <= 1 for row in found.values())
@@ -150,3 +153,13 @@ def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devi
 def test_eight_devices_take_the_steps_of_one(on_eight_devices, path):
     for layout in LAYOUTS[path]:
         assert on_eight_devices[path][layout]["deviation"] <= 1e-5
+
+
+@pytest.mark.parametrize("num_tasks", ["2", "8"])
+def test_the_stored_paths_gather_sharded_kernels_as_often_as_a_plain_step(num_tasks):
+    paths = performance.read("lowering")["compiled"][num_tasks]["fsdp"]
+    assert paths["plain"]["all-gather"]["executions"] > 0
+    for row in paths.values():
+        assert row["all-gather"] == paths["plain"]["all-gather"]
+        assert not {"all-to-all", "collective-permute", "reduce-scatter"} & set(row)
+    assert paths["exact, ghost norms"]["bytes"] == paths["exact"]["bytes"]  # measured directly

@@ -12,7 +12,10 @@ from gaba_jax import balanced_value_and_grad, weighting
 from tests.on_eight_devices import (
     BATCH,
     LAYOUTS,
+    OPTIMIZERS,
+    PAGE,
     PATHS,
+    WIDE,
     WIDTH,
     K,
     init,
@@ -25,11 +28,17 @@ TRUNK, HEAD = 4 * 2 * WIDTH * WIDTH, 4 * WIDTH  # bytes; the heads are one vecto
 SMALL = 256  # bytes that norms and a whole vector may add
 ROWS = [(name, path) for name in [*LAYOUTS, "shard_map"] for path in PATHS]
 ROWS += [("shard_map, unchecked", "plain"), ("shard_map, unchecked", "stacked")]
+MEASURED = [row for row in [*ROWS, *((PAGE, path) for path in PATHS)] if row[1] != "plain"]
 
 
 @pytest.fixture(scope="module")
-def found():
-    return of_process("-m", "tests.on_eight_devices")
+def on_eight_devices(tmp_path_factory):
+    return of_process(tmp_path_factory, "meshes", "-m", "tests.on_eight_devices")
+
+
+@pytest.fixture
+def found(on_eight_devices):
+    return on_eight_devices["steps"]
 
 
 def total(collectives, operation):
@@ -52,7 +61,7 @@ def test_data_parallel_reduces_each_measured_gradient_once(found, layout):
     }
 
 
-@pytest.mark.parametrize(("layout", "path"), [row for row in ROWS if row[1] != "plain"])
+@pytest.mark.parametrize(("layout", "path"), MEASURED)
 def test_sharded_parameters_are_gathered_as_in_a_plain_step(found, layout, path):
     """No all-to-all, and never a stack of gradients: what is moved more is the reduction."""
     plain, moved = found[layout]["plain"]["collectives"], found[layout][path]["collectives"]
@@ -71,11 +80,25 @@ def test_sharded_kernels_are_gathered_at_all(found):
     """Else the test above compares nothing."""
     for layout in ("fsdp", "fsdp, explicit", "tensor parallel", "2 x 4"):
         assert total(found[layout]["plain"]["collectives"], "all-gather") > 0
+    assert ["all-gather", 4 * WIDE * WIDE, 2] in found[PAGE]["plain"]["collectives"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp, explicit"])
+def test_state_lies_with_the_parameters_and_stays_there(on_eight_devices, layout, optimizer):
+    state = dict(on_eight_devices["states"][f"{layout}, {optimizer}"])
+    moments = {"adamw": 2, "TaskMultiSteps": 2}.get(optimizer, 1)
+    assert state.pop("kernels") == 2 * moments
+    assert state.pop("at first") == []
+    if (layout, optimizer) == ("fsdp, explicit", "muon"):  # of optax, as the page says
+        assert state == {"error": "ShardingTypeError"}
+    else:
+        assert state == {"after": [], "traces": 1}
 
 
 @pytest.mark.parametrize("path", ["exact", "lagged"])
 def test_losses_that_were_not_averaged_over_the_devices(path):
-    params, batches = init()
+    params, [batch, *_] = init()
     step, parts = make_step(path, make_losses())
     step = jax.shard_map(
         step,
@@ -87,7 +110,7 @@ def test_losses_that_were_not_averaged_over_the_devices(path):
     with pytest.raises(
         ValueError, match=r"differ along \['data'\].*lax.pmean\(loss, \('data',\)\)"
     ):
-        step(carry, *(of_all[0] for of_all in batches))
+        jax.eval_shape(step, carry, *batch)
 
 
 def test_a_model_on_each_device_without_the_check():
@@ -95,8 +118,9 @@ def test_a_model_on_each_device_without_the_check():
     balanced = balanced_value_and_grad(
         make_losses(), weighting.gaba(K, warmup_steps=0, min_weight=0.0, debias=True)
     )
-    params, (x, y) = init()
-    alone = balanced.value_and_grad(params, balanced.init(params), x[0], y[0])
+    params, [batch, *_] = init()
+    arguments = params, balanced.init(params), *batch
+    alone = jax.jit(balanced.value_and_grad)(*arguments)
     step = jax.shard_map(
         lambda *args: jax.tree.map(lambda leaf: leaf[None], balanced.value_and_grad(*args)),
         mesh=jax.make_mesh((1,), ("models",), axis_types=(jax.sharding.AxisType.Auto,)),
@@ -104,8 +128,8 @@ def test_a_model_on_each_device_without_the_check():
         out_specs=P("models"),
         check_vma=False,
     )
-    per_device = step(params, balanced.init(params), x[0], y[0])
-    assert x.shape[1] == BATCH
+    per_device = jax.jit(step)(*arguments)
+    assert len(batch[0]) == BATCH
     for got, wanted in zip(jax.tree.leaves(per_device), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(got[0], wanted, rtol=1e-5, atol=1e-6)
     assert jnp.ptp(alone[1].task_weights) > 0.1
