@@ -142,5 +142,5 @@ class TaskMultiSteps(optax.MultiSteps):
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
         """As a transform, which passes ``task_losses`` and ``task_mask`` on."""
-        update: Any = self.update  # its state is a subtype of what optax declares
+        update: Any = self.update  # it takes this state alone, where optax declares any
         return optax.GradientTransformationExtraArgs(self.init, update)
