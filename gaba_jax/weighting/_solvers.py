@@ -84,8 +84,9 @@ def nonnegative_qp(
         tolerance = _OPTIMAL * jnp.maximum(1, jnp.max(point))
         # What would enter: the steepest descent among the variables at 0.
         steepest = jnp.argmin(jnp.where(state.free, jnp.inf, state.values))
+        steepest = jnp.where(forced, state.entering, steepest)
         optimal = feasible & (state.values[steepest] >= -tolerance)
-        dependent = feasible & (state.tableau[steepest, steepest] <= _DEPENDENT)
+        dependent = (feasible | forced) & (state.tableau[steepest, steepest] <= _DEPENDENT)
         # Towards the target, or without end along a direction of no curvature, until one is at 0.
         direction = jnp.where(
             dependent, jnp.where(state.free, state.tableau[:, steepest], 0), target - point
@@ -95,14 +96,14 @@ def nonnegative_qp(
         blocking = jnp.argmin(room)
         length = jnp.min(room)
         unbounded = dependent & ~jnp.isfinite(length)
-        moves = ~forced & (dependent | ~feasible) & ~optimal & ~unbounded
+        moves = (dependent | ~(feasible | forced)) & ~optimal & ~unbounded
         moved = jnp.maximum(point + jnp.where(moves, length, 0) * direction, 0)
         moved = jnp.where(moves & (index == blocking), 0, moved)
-        moved = jnp.where(moves & dependent & (index == steepest), length, moved)
-        at = jnp.where(forced, state.entering, jnp.where(moves, blocking, steepest))
+        moved = jnp.where(moves & dependent & (index == steepest), point + length, moved)
+        at = jnp.where(moves, blocking, steepest)
         # After the last iteration only the point is read.
         return pivot(state, at)._replace(
-            point=jnp.where(forced, state.point, moved),
+            point=moved,
             entering=jnp.where(moves & dependent, steepest, -1),
             steps=state.steps + 1,
             done=optimal | unbounded,

@@ -238,6 +238,18 @@ def test_mgda_is_the_shortest_combination(jacobian):
     assert np.min(unit @ direction - wanted) > -2e-3
 
 
+@pytest.mark.parametrize("seed", [158, 183, 1374, 5890])
+def test_mgda_of_opposed_gradients_beside_others_of_any_scale(seed):
+    """A direction without curvature may first end at a variable that has no part in it."""
+    random = np.random.default_rng(seed)
+    jacobian = random.normal(size=(5, 12)) * 10.0 ** random.uniform(0, 4, size=(5, 1))
+    jacobian[2] = -jacobian[0]
+    weights, state = solve("mgda", jacobian)
+    assert state.residual < 1e-6
+    norms = np.linalg.norm(jacobian, axis=1)
+    assert np.linalg.norm(weights @ jacobian) < 1e-6 * np.max(norms)  # the weights are float32
+
+
 @given(jacobian=jacobians())
 def test_stationarity_where_there_is_a_solution(jacobian):
     least = conditioning(jacobian)
