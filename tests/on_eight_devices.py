@@ -81,8 +81,6 @@ def of_process(tmp_path_factory, name, *arguments):
 
     The first worker of a run that asks for this name waits for the process, others for the first.
     """
-    # Code comes after the partitioning and takes most of the time: the quickest to make will do.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     root = tmp_path_factory.getbasetemp()
     shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     printed = shared / f"{name}.json"
@@ -92,7 +90,7 @@ def of_process(tmp_path_factory, name, *arguments):
             done = subprocess.run(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
                 capture_output=True,
                 text=True,
             )

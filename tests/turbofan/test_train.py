@@ -59,7 +59,8 @@ def test_named_sharing_equals_what_the_gradients_tell():
     data = load_data(SMALL)
     automatic = train(data, SMALL)
     named = train(data, dataclasses.replace(SMALL, shared=("backbone",)))
-    np.testing.assert_array_equal(automatic.records[-1].task_norms, named.records[-1].task_norms)
+    last = [run.records[-1].task_norms for run in (automatic, named)]
+    np.testing.assert_allclose(*last, rtol=1e-6)  # two programs
 
 
 def test_fd001_reaches_the_promised_figures(cmapss):
