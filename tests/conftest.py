@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 # Compiling takes most of the time of the tests; XLA's quicker code generation saves half of it.
-# Set XLA_FLAGS to run them as users do: .ci/run does, with the oldest versions.
+# With XLA_FLAGS set, be it to "", they run as users do: .ci/run does, with the oldest versions.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )

@@ -326,9 +326,9 @@ def main(
         if subset in subsets:
             document["ratios"]["full"][subset] = document["runs"][subset]["uniform"][0]["ratio"]
             continue
-        short = options | {"stride": 16, "epochs": 4}  # few updates: each is measured
-        flags = ("--weighting", "uniform", *STACKED)
-        _, norms = train(data, folder(runs, "ratio-full", subset, 0), subset, short, flags)
+        short = options | {"stride": 16, "epochs": 4}
+        every_update = ("--weighting", "uniform", *STACKED)
+        _, norms = train(data, folder(runs, "ratio-full", subset, 0), subset, short, every_update)
         document["ratios"]["full"][subset] = ratio_curve(norms, 4)
     _measure.write(RESULT, document)
     picture(document)

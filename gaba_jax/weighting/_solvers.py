@@ -38,7 +38,7 @@ class _Pivoting(NamedTuple):
     values: Float[Array, " K"]
     free: Bool[Array, " K"]
     point: Float[Array, " K"]
-    entering: Int[Array, ""]  # to be freed next, whatever else; -1 for none
+    entering: Int[Array, ""]  # to be freed once its pivot is more than rounding; -1 for none
     steps: Int[Array, ""]
     done: Bool[Array, ""]
 
@@ -86,7 +86,8 @@ def nonnegative_qp(
         steepest = jnp.argmin(jnp.where(state.free, jnp.inf, state.values))
         steepest = jnp.where(forced, state.entering, steepest)
         optimal = feasible & (state.values[steepest] >= -tolerance)
-        dependent = (feasible | forced) & (state.tableau[steepest, steepest] <= _DEPENDENT)
+        enters = feasible | forced
+        dependent = enters & (state.tableau[steepest, steepest] <= _DEPENDENT)
         # Towards the target, or without end along a direction of no curvature, until one is at 0.
         direction = jnp.where(
             dependent, jnp.where(state.free, state.tableau[:, steepest], 0), target - point
@@ -96,7 +97,7 @@ def nonnegative_qp(
         blocking = jnp.argmin(room)
         length = jnp.min(room)
         unbounded = dependent & ~jnp.isfinite(length)
-        moves = (dependent | ~(feasible | forced)) & ~optimal & ~unbounded
+        moves = (dependent | ~enters) & ~optimal & ~unbounded
         moved = jnp.maximum(point + jnp.where(moves, length, 0) * direction, 0)
         moved = jnp.where(moves & (index == blocking), 0, moved)
         moved = jnp.where(moves & dependent & (index == steepest), point + length, moved)
