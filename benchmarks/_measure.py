@@ -1,6 +1,7 @@
 """Timing side by side, memory, and the JSON that every benchmark writes."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+LEAST_ROUNDS = 5
 
 
 def compile_step(step: Callable[..., Any], carry: Any, batch: Any) -> Any:
@@ -39,12 +42,21 @@ def runner(compiled: Any, carry: Any, batch: Any, steps: int) -> Callable[[], No
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 2
+    runs: Mapping[str, Callable[[], None]],
+    rounds: int,
+    warmup: int = 2,
+    limit: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds per call, all of them once in every round, in an order that changes."""
+    """Seconds per call, all of them once in every round, in an order that changes.
+
+    After ``limit`` seconds no round begins, but for the first ``LEAST_ROUNDS``.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = np.random.default_rng(0)
+    begin = time.perf_counter()
     for round_ in range(warmup + rounds):
+        if time.perf_counter() - begin > limit and round_ >= warmup + LEAST_ROUNDS:
+            break
         for name in order.permutation(list(runs)):
             start = time.perf_counter()
             runs[name]()

@@ -123,6 +123,25 @@ def build(name: str, num_tasks: int, batch_size: int = 64, widths: tuple[int, ..
     return Model({"backbone": backbone, "heads": heads}, (x, y), encoder, losses_fn)
 
 
+def build_loaders(num_tasks: int, rows: int = 32) -> Model:
+    """One MLP and K losses, each on a batch of its own: nothing but parameters is shared."""
+    rngs = nnx.Rngs(0)
+    graph, params, rest = nnx.split(Layers([39, 400, 400, 400, 8], rngs), nnx.Param, ...)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (num_tasks, rows, 39))
+    y = jax.random.normal(keys[1], (num_tasks, rows, 8))
+    scales = jnp.geomspace(500.0, 1.0, num_tasks)
+
+    def encoder(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.zeros([])  # there is no feature that the losses share
+
+    def losses_fn(params: Any, h: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        model = nnx.merge(graph, params, rest, copy=True)
+        return tuple(scales[i] * jnp.mean((model(x[i]) - y[i]) ** 2) for i in range(num_tasks))
+
+    return Model(params, (x, y), encoder, losses_fn)
+
+
 MODELS: dict[str, Callable[[nnx.Rngs], nnx.Module] | None] = {
     "mlp": None,
     "turbofan": lambda rngs: Backbone(WINDOW, CHANNELS, rngs=rngs),

@@ -8,24 +8,34 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks._models import Model
-from gaba_jax import balanced_value_and_grad, gaba, task_value_and_grad, weighting
+from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
 
 # Of balanced_value_and_grad; "plain" is a step with fixed weights, "stacked" the transform.
 BALANCED: dict[str, dict[str, Any]] = {
     "exact": {},
-    "exact, ghost norms": {"norms": "ghost"},
+    "exact, cosines": {},
     "lagged": {"measure": "lagged"},
     "encoder": {"encoder": True},
     "exact, every=10": {"every": 10},
+    "exact, held": {"every": 10**9},  # an update that does not measure, alone
 }
-PATHS = ("plain", "stacked", *BALANCED)
+STACKED = ("stacked", "stacked, cosines")
+PATHS = ("plain", "stacked", "exact", "exact, cosines", "lagged", "encoder", "exact, every=10")
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]  # (carry, batch) -> (carry, losses)
 
 
-def make_step(path: str, model: Model, num_tasks: int) -> tuple[Step, Any]:
+def make_rule(path: str, num_tasks: int) -> weighting.Weighting:
+    """A rule on norms; on the paths named "cosines" one that reads the cosines too."""
+    if "cosines" in path:
+        return weighting.upgrad(num_tasks)
+    return weighting.gaba(num_tasks, min_weight=min(0.05, 0.5 / num_tasks))
+
+
+def make_step(
+    path: str, model: Model, num_tasks: int, measure_on: Any | None = None
+) -> tuple[Step, Any]:
     """``(carry, batch) -> (carry, losses)`` and the first carry, to be donated."""
     adamw = optax.adamw(1e-4)
-    floor = min(0.05, 0.5 / num_tasks)
     params = jax.tree.map(jnp.copy, model.params)
     if path == "plain":
         weights = jnp.full(num_tasks, 1 / num_tasks)
@@ -41,8 +51,9 @@ def make_step(path: str, model: Model, num_tasks: int) -> tuple[Step, Any]:
             return (optax.apply_updates(params, updates), opt_state), losses
 
         return step, (params, adamw.init(params))
-    if path == "stacked":
-        tx = optax.chain(gaba(num_tasks, min_weight=floor), adamw)
+    rule = make_rule(path, num_tasks)
+    if path in STACKED:
+        tx = optax.chain(balance(rule, measure_on=measure_on), adamw)
 
         def step(carry: Any, batch: Any) -> Any:
             params, opt_state = carry
@@ -55,8 +66,7 @@ def make_step(path: str, model: Model, num_tasks: int) -> tuple[Step, Any]:
     losses_fn = model.whole
     if "encoder" in options:
         options["encoder"], losses_fn = model.encoder, model.losses_fn
-    rule = weighting.gaba(num_tasks, min_weight=floor)
-    balanced = balanced_value_and_grad(losses_fn, rule, **options)
+    balanced = balanced_value_and_grad(losses_fn, rule, measure_on=measure_on, **options)
 
     def step(carry: Any, batch: Any) -> Any:
         params, state, opt_state = carry

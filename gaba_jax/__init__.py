@@ -33,12 +33,12 @@ from importlib.metadata import version
 
 from gaba_jax import controller, monitor, weighting
 from gaba_jax._accumulate import TaskMultiSteps
-from gaba_jax._advance import BalanceState
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._diagnose import diagnose
 from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, only
+from gaba_jax._state import BalanceState
 from gaba_jax._transform import balance, gaba, gradnorm
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
 from gaba_jax.monitor import balance_metrics

@@ -8,8 +8,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from gaba_jax._advance import task_presence
-from gaba_jax._contract import check_stacked, each_task
+from gaba_jax._checks import check_stacked, each_task
+from gaba_jax._state import task_presence
 
 
 class TaskMultiStepsState(NamedTuple):

@@ -1,4 +1,4 @@
-"""Losses and one balanced gradient, in the memory of one gradient."""
+"""Losses and one balanced gradient, at the least cost known."""
 
 import functools
 from collections.abc import Callable
@@ -6,14 +6,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
-from gaba_jax import _stats
-from gaba_jax._advance import (
+from gaba_jax import _passes
+from gaba_jax._checks import check_driver_arguments, check_params
+from gaba_jax._gradients import TaskGradients, task_gradients, wanted_norms
+from gaba_jax._passes import Pass
+from gaba_jax._selection import Selection, Selector, select
+from gaba_jax._state import (
     BalanceState,
-    Measurement,
     advance,
     check_state,
     hold,
@@ -24,19 +28,11 @@ from gaba_jax._advance import (
     restrict,
     task_presence,
 )
-from gaba_jax._selection import Selection, Selector, select
-from gaba_jax._transform import (
-    Nonfinite,
-    check_driver_arguments,
-    leaf_coefficients,
-    measure_stacked,
-    wanted_leaves,
-)
-from gaba_jax._value_and_grad import check_inexact, check_params, linearize_losses
+from gaba_jax._statistics import Measurement
 from gaba_jax.weighting._base import Weighting, check_weighting
 
 Measure = Literal["exact", "lagged"]
-Norms = Literal["direct", "ghost"]
+Nonfinite = Literal["propagate", "drop"]
 
 
 class BalancedGradient(NamedTuple):
@@ -44,8 +40,8 @@ class BalancedGradient(NamedTuple):
 
     Attributes:
       init: ``params -> BalanceState``.
-      value_and_grad: ``(params, state, *args, task_mask=None) -> ((losses, grads), state)``;
-        with ``has_aux``, ``(((losses, aux), grads), state)``.
+      value_and_grad: ``(params, state, *args, task_mask=None, **kwargs) -> ((losses, grads),
+        state)``; with ``has_aux``, ``(((losses, aux), grads), state)``.
     """
 
     init: Callable[[Any], BalanceState]
@@ -60,7 +56,6 @@ def balanced_value_and_grad(
     encoder: Callable[..., Any] | None = None,
     every: int = 1,
     microbatch_size: int | None = None,
-    norms: Norms = "direct",
     has_aux: bool = False,
     shared: Selector | None = None,
     measure_on: Selector | None = None,
@@ -71,55 +66,68 @@ def balanced_value_and_grad(
 
     .. math:: u = \sum_i \lambda_i \nabla L_i
 
-    The same weights, state and gradient as :func:`gaba_jax.balance` on stacked gradients, without
-    the stack: a rule that reads only norms needs no more memory than a step with fixed weights.
+    The weights, the state and the gradient are those of :func:`gaba_jax.balance` on stacked
+    gradients. The backward pass is cut just before its parameter-sized products. Its first part
+    runs once per task, to the cotangents :math:`\delta_i` of each layer's outputs. Its last
+    products :math:`a^T \sum_i \lambda_i \delta_i` run once. Norms and cosines follow from what
+    lies at the cut:
+
+    .. math:: \langle g_i, g_j \rangle = \langle (a a^T) \delta_j, \delta_i \rangle
+
+    A leaf is kept whole, one gradient per task, where its gradient is the smaller of the two, or
+    does not end in such a product (a convolution, a leaf of a scan). Up to four tasks are passed
+    backward at a time; past that, a loop over such groups bounds what the first part holds.
 
     Args:
       losses_fn: as for :func:`gaba_jax.task_value_and_grad`, returning K losses; with ``encoder``,
         ``losses_fn(params, features, *args)``.
       weighting: a rule from :mod:`gaba_jax.weighting`.
-      measure: "exact" (default): one backward pass per task to its norm alone, then one with the
-        weights, K + 1 in all. "lagged": K backward passes, summed with the weights of the update
-        before (the rule's initial weights at first) while they are measured for the next.
-        A rule that needs cosines stacks K gradients to measure them either way, and then takes one
-        backward pass with the weights, which was faster than summing the stack; a rule that reads
-        no gradients takes that one pass alone.
+      measure: "exact" (default): measured and applied in the same update. "lagged": K backward
+        passes one after the other, summed with the weights of the update before (the rule's initial
+        weights at first) while they are measured for the next: the memory of one gradient. A rule
+        that needs cosines is measured as by "exact" either way. A rule that reads no gradients
+        takes one backward pass.
       encoder: ``encoder(params, *args) -> features``, a pytree. Norms are then those of the
         gradients with respect to the features, and the encoder is passed backward once: the cost
         of a plain step. A proxy: it sees how hard each task pulls on the features, not what the
         encoder's Jacobian makes of it. On the turbofan model the contributions that its weights
         leave are within 2x of each other in the median (``benchmarks.encoder``). ``shared`` and
         ``measure_on`` do not matter to it.
-      every: measure at the first and then every n-th update, default 1; in between the weights
-        are held, at the cost of a plain step. Averages keep their time constant in updates.
+      every: measure at the first and then every n-th update, default 1. In between the weights
+        are held, at the cost of a plain step. Averages keep their time constant in updates. Where
+        tasks are kept apart (a ``task_mask``, ``nonfinite="drop"``), or the backward pass is not
+        linear (a gradient clipped inside the model), a held update passes backward per task too.
       microbatch_size: run the batch in parts of this size, with the activations of one part in
         memory; the losses must be means over the batch. Norms are those of the mean gradient. All
-        arrays in ``args`` have the batch as leading axis (it is split with a stride, which leaves
-        a batch that is sharded over devices where it is); scalars go to every part, typed random
-        keys folded with its number. ``aux`` has the parts as its leading axis. Each part runs
-        forward again for every backward pass, and is reduced by itself across devices. Default
-        None, the batch as a whole.
-      norms: "direct" (default), or "ghost": the norm of a matrix gradient from its two factors,
-        activations and cotangents, where that is cheaper, for ``measure="exact"``. Relative error
-        about 1e-9 times the square of how much the examples' gradients cancel each other.
+        arrays in the arguments, keyword arguments too, have the batch as leading axis. (It is split
+        with a stride, which leaves a batch that is sharded over devices where it is.) Scalars and
+        what is no array go to every part, typed random keys folded with its number. ``aux`` has the
+        parts as its leading axis. No cut is made across parts: each runs forward again for every
+        task and for the weighted sum, and is reduced by itself across devices. For cosines, with
+        a ``task_mask`` and with "drop" the K gradients are stacked. Default None, the batch as a
+        whole.
       has_aux: whether ``losses_fn`` returns ``(losses, aux)``.
       shared: the shared parameters, default found from the gradients; see :func:`balance`.
       measure_on: where norms are taken, default all shared parameters; see :func:`balance`.
       weight_task_specific: see :func:`balance`.
-      nonfinite: "propagate" (default), or "drop" with ``measure="lagged"``; see :func:`balance`.
+      nonfinite: "propagate" (default), or "drop"; see :func:`balance`. "drop" needs losses that are
+        returned apart (tuple, list, dict) and no ``encoder``.
 
     Returns:
-      A :class:`BalancedGradient`. ``value_and_grad(params, state, *args, task_mask=None)`` gives
-      losses [K], the gradient with the shapes and dtypes of ``params``, for any optax optimizer,
-      and the next :class:`BalanceState`. ``task_mask`` [K] bool marks the tasks that are in this
-      batch. The losses of an absent task must be finite, with finite derivatives: its zero weight
-      meets them in one backward pass, and zero times NaN is NaN. Not so under "lagged" (without
-      cosines), where losses that are returned separately (tuple, list, dict) are kept apart.
+      A :class:`BalancedGradient`. ``value_and_grad(params, state, *args, task_mask=None,
+      **kwargs)`` gives losses [K], the gradient with the shapes and dtypes of ``params``, for any
+      optax optimizer, and the next :class:`BalanceState`. ``args`` and ``kwargs`` are those of
+      ``losses_fn``. ``task_mask`` [K] bool marks the tasks in this batch. The gradient of an absent
+      task is never read where losses are returned apart (tuple, list, dict). Losses that come as
+      one [K] array, and those behind an ``encoder``, meet in one backward pass: there an absent
+      task must be finite, since zero times NaN is NaN.
+
+      The weights are constants: ``jax.grad`` through a step differentiates the gradients alone.
 
     Raises:
       ValueError: a wrong argument, or two that exclude each other, at construction; on a selection
-        that holds no parameter, at ``init``; on a wrong number of losses, or a batch that does not
-        split, when traced.
+        that holds no parameter, at ``init``; on a wrong number of losses, losses that "drop" cannot
+        tell apart, or a batch that does not split, when traced.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -143,327 +151,243 @@ def balanced_value_and_grad(
     """
     check_weighting(weighting)
     check_driver_arguments(shared, weight_task_specific, nonfinite)
-    _check_arguments(weighting, measure, encoder, every, microbatch_size, norms, nonfinite)
-    num_tasks, drop = weighting.num_tasks, nonfinite == "drop"
-    reads = measures_gradients(weighting)
-    forward = functools.partial(_forward, losses_fn, encoder, has_aux)
+    _check_arguments(measure, encoder, every, microbatch_size, nonfinite)
+    driver = _Driver(
+        losses_fn,
+        weighting,
+        measure,
+        encoder,
+        every,
+        microbatch_size,
+        has_aux,
+        shared,
+        measure_on,
+        weight_task_specific,
+        nonfinite,
+    )
+    return BalancedGradient(driver.init, driver.value_and_grad)
 
-    def init(params: Any) -> BalanceState:
-        select(shared, measure_on, params)
-        return init_state(weighting, len(jax.tree.leaves(params)))
+
+class _Driver(NamedTuple):
+    """The arguments of :func:`balanced_value_and_grad`, and the steps of an update."""
+
+    losses_fn: Callable[..., Any]
+    weighting: Weighting
+    measure: Measure
+    encoder: Callable[..., Any] | None
+    every: int
+    microbatch_size: int | None
+    has_aux: bool
+    shared: Selector | None
+    measure_on: Selector | None
+    weight_task_specific: bool
+    nonfinite: Nonfinite
+
+    def init(self, params: Any) -> BalanceState:
+        select(self.shared, self.measure_on, params)
+        return init_state(self.weighting, len(jax.tree.leaves(params)))
 
     def value_and_grad(
-        params: Any, state: BalanceState, *args: Any, task_mask: ArrayLike | None = None
+        self,
+        params: Any,
+        state: BalanceState,
+        *args: Any,
+        task_mask: ArrayLike | None = None,
+        **kwargs: Any,
     ) -> tuple[tuple[Any, Any], BalanceState]:
         check_params(params)
-        check_state(state, len(jax.tree.leaves(params)), num_tasks)
-        selection = select(shared, measure_on, params)
-        wanted = wanted_leaves(selection, "propagate")
-        # Without leaves there is no sum to run over the tasks.
-        one_by_one = bool(wanted) and "cosines" not in weighting.needs
-        present = task_presence(task_mask, num_tasks)
-        if microbatch_size is None:
-            run = forward(params, *args)
+        check_state(state, len(jax.tree.leaves(params)), self.weighting)
+        update = _Update(
+            self,
+            select(self.shared, self.measure_on, params, self.weight_task_specific),
+            params,
+            state,
+            task_presence(task_mask, self.weighting.num_tasks),
+            task_mask is not None or self.nonfinite == "drop",
+        )
+        if self.every == 1:
+            losses, aux, grads, state = update.measuring(*args, **kwargs)
         else:
-            run = _in_microbatches(forward, params, args, microbatch_size)
+            traced: list[Any] = []  # aux of a branch, which can return no more than its arrays
+
+            def arrays(step: Callable[..., Any]) -> Any:
+                losses, aux, grads, state = step(*args, **kwargs)
+                traced[:] = jax.tree.flatten(aux)
+                return losses, [x if _is_array(x) else None for x in traced[0]], grads, state
+
+            # Each branch has a forward pass of its own, so that a held update is an ordinary step.
+            losses, kept, grads, state = lax.cond(
+                is_due(state, self.every),
+                lambda: arrays(update.measuring),
+                lambda: arrays(update.holding),
+            )
+            leaves, structure = traced
+            pairs = zip(leaves, kept, strict=True)
+            aux = structure.unflatten([old if new is None else new for old, new in pairs])
+        return ((losses, aux) if self.has_aux else losses, grads), state
+
+    def forward(self, params: Any, *args: Any, **kwargs: Any) -> Pass:
+        """The forward pass, checked."""
+        if self.encoder is None:
+            run = _passes.whole(lambda p: self.losses_fn(p, *args, **kwargs), params, self.has_aux)
+        else:
+            run = _passes.with_encoder(
+                self.losses_fn, self.encoder, self.has_aux, params, *args, **kwargs
+            )
+        num_tasks = self.weighting.num_tasks
         if run.losses.shape[0] != num_tasks:
             raise ValueError(
                 f"losses_fn returned {run.losses.shape[0]} losses, but the weighting has "
                 f"num_tasks={num_tasks}: give the weighting the number of losses."
             )
-        # Where jax does not tell by this name, the backward pass fails with an error of its own.
-        manual = getattr(jax.typeof(run.losses), "manual_axis_type", None)
-        if axes := getattr(manual, "varying", ()):
+        _check_manual_axes(run.losses)
+        if self.nonfinite == "drop" and not run.apart:
             raise ValueError(
-                f"the losses differ along {sorted(axes)}, mesh axes of jax.shard_map: norms must "
-                "be those of the mean gradient. Average each loss in losses_fn, with "
-                f"jax.lax.pmean(loss, {tuple(sorted(axes))}); for a model on each device pass "
-                "check_vma=False to shard_map."
+                'nonfinite="drop" needs the losses apart: return a tuple, a list or a dict instead '
+                "of an array. In an array a task cannot be left out, since zero times NaN is NaN."
             )
-        # Transposing each loss by itself makes the program K times larger: only where it matters.
-        apart = task_mask is not None or drop
-
-        def measured(
-            measurement: Measurement | None, on: Selection = selection, usable: Array = present
-        ) -> BalanceState:
-            return advance(
-                weighting,
-                on,
-                state,
-                measurement if reads else None,
-                task_losses=needed_losses(weighting, run.losses),
-                present=present,
-                usable=usable,
-                lagged=measure == "lagged",
-            )
-
-        def weighted(state: BalanceState) -> Any:
-            """The gradient with the state's weights, from one backward pass."""
-            grads = run.pull_back(state.task_weights)
-            if weight_task_specific or selection.shared is None:
-                return grads
-            plain = run.pull_back(present.astype(jnp.float32))
-            mask = jax.tree.unflatten(jax.tree.structure(params), selection.shared)
-            return jax.tree.map(lambda s, g, p: g if s else p, mask, grads, plain)
-
-        def from_norms() -> BalanceState:
-            if not reads:
-                return measured(None)
-            if encoder is not None:
-                features = run.feature_gradients()
-                all_of_them = (True,) * len(features)
-                measurement = measure_stacked(features, all_of_them, num_tasks)
-                return measured(measurement, Selection(all_of_them, all_of_them))
-            if not one_by_one:
-                stacked = _stack([run.pull_back_one(i) for i in range(num_tasks)])
-                return measured(measure_stacked(stacked, wanted, num_tasks))
-            return measured(Measurement(_norms(run, num_tasks, wanted, norms), _no_cosines))
-
-        def while_summing() -> tuple[BalanceState, Any]:
-            def factors(usable: Array) -> list[Array]:
-                task_weights = restrict(weighting, state.next_task_weights, usable)
-                return leaf_coefficients(task_weights, usable, selection, weight_task_specific)
-
-            leaf_norms, usable, grads = _sum_and_norms(
-                run, params, present, factors, wanted=wanted, apart=apart, drop=drop
-            )
-            return measured(Measurement(leaf_norms, _no_cosines), usable=usable), grads
-
-        def if_due(measure: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-            if every == 1:
-                return measure()
-            return lax.cond(is_due(state, every), measure, otherwise)
-
-        def held() -> BalanceState:
-            return hold(weighting, state, present)
-
-        if measure == "lagged" and encoder is None and one_by_one and (reads or drop):
-            new, grads = if_due(while_summing, lambda: (held(), weighted(held())))
-        else:
-            new = if_due(from_norms, held)
-            grads = weighted(new)
-        return ((run.losses, run.aux) if has_aux else run.losses, grads), new
-
-    return BalancedGradient(init, value_and_grad)
+        return run
 
 
-class _Run(NamedTuple):
-    """A forward pass; ``pull_back`` and ``pull_back_one`` as in LinearizedLosses."""
+class _Update(NamedTuple):
+    """One update: what it starts from, and whether tasks must be kept apart in it."""
 
-    losses: Array
-    aux: Any
-    pull_back: Callable[[Array], Any]
-    pull_back_one: Callable[[int], Any]
-    feature_gradients: Callable[[], list[Array]]  # leaves [K, ...]; with an encoder
+    driver: _Driver
+    selection: Selection
+    params: Any
+    state: BalanceState
+    present: Bool[Array, " tasks"]
+    apart: bool
 
-
-def _forward(
-    losses_fn: Callable[..., Any],
-    encoder: Callable[..., Any] | None,
-    has_aux: bool,
-    params: Any,
-    *args: Any,
-) -> _Run:
-    if encoder is None:
-        linear = linearize_losses(lambda p: losses_fn(p, *args), params, has_aux)
-        return _Run(*linear, feature_gradients=lambda: [])
-
-    features, pull_features = jax.vjp(lambda p: encoder(p, *args), params)
-    if not jax.tree.leaves(features):
-        raise ValueError("encoder returned no features; it must return the pytree that heads read.")
-    check_inexact(
-        features, "the encoder's features", "Compute it in losses_fn, from its arguments."
-    )
-    linear = linearize_losses(lambda both: losses_fn(*both, *args), (params, features), has_aux)
-
-    def through_encoder(grads: tuple[Any, Any]) -> Any:
-        return jax.tree.map(jnp.add, grads[0], pull_features(grads[1])[0])
-
-    def feature_gradients() -> list[Array]:
-        return _stack([linear.pull_back_one(i)[1] for i in range(linear.losses.shape[0])])
-
-    return _Run(
-        linear.losses,
-        linear.aux,
-        lambda cotangent: through_encoder(linear.pull_back(cotangent)),
-        lambda index: through_encoder(linear.pull_back_one(index)),
-        feature_gradients,
-    )
-
-
-def _stack(grads: list[Any]) -> list[Array]:
-    """Leaves [K, ...] of the gradients of K tasks."""
-    return [jnp.stack(leaf) for leaf in zip(*map(jax.tree.leaves, grads), strict=True)]
-
-
-def _in_microbatches(forward: Callable[..., _Run], params: Any, args: Any, size: int) -> _Run:
-    """The run of the mean loss over the parts of a batch; every part is run anew for each use."""
-    leaves, structure = jax.tree.flatten(args)
-    lengths = {jnp.shape(leaf)[0] for leaf in leaves if jnp.ndim(leaf) > 0}
-    if len(lengths) != 1 or (batch := lengths.pop()) % size:
-        raise ValueError(
-            f"microbatch_size={size} must divide the leading axis of every array in the arguments; "
-            f"their shapes are {[jnp.shape(leaf) for leaf in leaves]}. Let losses_fn close over "
-            "what is no part of the batch; pass random keys as jax.random.key(...)."
+    def measuring(self, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any, BalanceState]:
+        """Losses, aux, gradient and state of an update that measures."""
+        weighting = self.driver.weighting
+        run = self._forward(*args, **kwargs)
+        reads, with_cosines = measures_gradients(weighting), "cosines" in weighting.needs
+        if self.driver.measure == "lagged" and not with_cosines and (reads or self._drop()):
+            state, grads = self._lagged(run)
+            return run.losses, run.aux, grads, state
+        gradients = task_gradients(
+            run, self.params, self.selection, self.apart, reads, with_cosines
         )
-    num_parts = batch // size
+        measurement, usable = None, self.present
+        if reads or self._drop():
+            measurement = gradients.measure(self.selection.wanted(self._drop()), with_cosines)
+        if self._drop():
+            assert measurement is not None
+            usable = self.present & jnp.all(jnp.isfinite(measurement.norms), axis=0)
+        state = self._advanced(run, gradients.selection, measurement if reads else None, usable)
+        return run.losses, run.aux, self._combined(gradients, state, usable), state
 
-    def is_key(leaf: Any) -> bool:
-        return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    def holding(self, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any, BalanceState]:
+        """The same of an update that does not measure."""
+        run, usable = self._forward(*args, **kwargs), self.present
+        gradients = task_gradients(run, self.params, self.selection, self.apart, False, False)
+        if self._drop():
+            norms = gradients.measure(self.selection.wanted(every=True), False).norms
+            usable = self.present & jnp.all(jnp.isfinite(norms), axis=0)
+        state = hold(self.driver.weighting, self.state, usable)
+        return run.losses, run.aux, self._combined(gradients, state, usable), state
 
-    # Part m is every num_parts-th example: each device of a sharded batch has its share of a part.
-    parts = (
-        jnp.arange(num_parts),
-        [
-            jnp.moveaxis(jnp.reshape(leaf, (size, num_parts, *leaf.shape[1:])), 1, 0)
-            for leaf in leaves
-            if jnp.ndim(leaf) > 0
-        ],
-    )
+    def _drop(self) -> bool:
+        return self.driver.nonfinite == "drop"
 
-    def run(part: tuple[Array, list[Array]]) -> _Run:
-        number, arrays = part
-        sliced = iter(arrays)
-        filled = [
-            next(sliced)
-            if jnp.ndim(leaf) > 0
-            else jax.random.fold_in(leaf, number)
-            if is_key(leaf)
-            else leaf
-            for leaf in leaves
-        ]
-        return forward(params, *jax.tree.unflatten(structure, filled))
+    def _forward(self, *args: Any, **kwargs: Any) -> Pass:
+        driver = self.driver
+        if driver.microbatch_size is None:
+            return driver.forward(self.params, *args, **kwargs)
+        return _passes.in_microbatches(
+            driver.forward,
+            driver.microbatch_size,
+            driver.encoder is not None,
+            self.params,
+            *args,
+            **kwargs,
+        )
 
-    def mean(pull: Callable[[_Run], Any]) -> Any:
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, pull(run(part))), None
+    def _advanced(
+        self, run: Pass, selection: Selection, measurement: Measurement | None, usable: Array
+    ) -> BalanceState:
+        return advance(
+            self.driver.weighting,
+            selection,
+            self.state,
+            measurement,
+            task_losses=needed_losses(self.driver.weighting, run.losses),
+            present=self.present,
+            usable=usable,
+            lagged=self.driver.measure == "lagged",
+        )
 
-        total, _ = lax.scan(add, _zeros_to_sum(params), parts)
-        return jax.tree.map(lambda t, p: (t / num_parts).astype(p.dtype), total, params)
+    def _combined(self, gradients: TaskGradients, state: BalanceState, usable: Array) -> Any:
+        factors = self.selection.coefficients(state.task_weights, usable)
+        leaves = gradients.combine(factors, usable if self.apart else None)
+        return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
 
-    def feature_gradients() -> list[Array]:
-        each = lax.map(lambda part: run(part).feature_gradients(), parts)
-        return [jnp.moveaxis(leaf, 0, 1) / num_parts for leaf in each]
+    def _lagged(self, run: Pass) -> tuple[BalanceState, Any]:
+        """K backward passes, summed with the weights from before while they are measured."""
+        norms, total = self._summed(run, self.present)
+        usable = self.present
+        if self._drop():
+            usable = self.present & jnp.all(jnp.isfinite(norms), axis=0)
+            complete = jnp.all(usable == self.present)
+            total = lax.cond(complete, lambda: total, lambda: self._summed(run, usable)[1])
+        reads = measures_gradients(self.driver.weighting)
+        measurement = Measurement(norms, None) if reads else None
+        grads = jax.tree.map(lambda t, p: t.astype(p.dtype), total, self.params)
+        return self._advanced(run, self.selection, measurement, usable), grads
 
-    losses, aux = lax.map(lambda part: (run(part).losses, run(part).aux), parts)
-    return _Run(
-        jnp.mean(losses, axis=0),
-        aux,
-        lambda cotangent: mean(lambda part: part.pull_back(cotangent)),
-        lambda index: mean(lambda part: part.pull_back_one(index)),
-        feature_gradients,
-    )
+    def _summed(self, run: Pass, usable: Array) -> tuple[Array, Any]:
+        """[leaves, K] norms and the sum over the usable tasks, one gradient at a time."""
+        num_tasks = self.driver.weighting.num_tasks
+        weights = restrict(self.driver.weighting, self.state.next_task_weights, usable)
+        factors = jnp.array(self.selection.coefficients(weights, usable)).reshape(-1, num_tasks)
+        one_at_a_time = [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
+        wanted = self.selection.wanted(self._drop())
 
-
-def _zeros_to_sum(params: Any) -> Any:
-    # Alike in sharding too, which on a mesh of Explicit axes is part of the type.
-    return jax.tree.map(lambda p: jnp.zeros_like(p, _stats.wide(p)), params)
-
-
-def _norms(
-    run: _Run, num_tasks: int, wanted: tuple[bool, ...], norms: Norms
-) -> Float[Array, "leaves tasks"]:
-    """Norms per leaf and task, from one backward pass per task that keeps nothing else."""
-    one_hot = jnp.eye(num_tasks, dtype=run.losses.dtype)
-
-    def direct(cotangent: Array, scale: Array) -> Array:
-        return _sums_of_squares(run.pull_back(cotangent), scale, wanted)
-
-    sums = direct
-    if norms == "ghost":
-        from gaba_jax import _ghost  # jax.extend may change: nobody else needs it
-
-        sums = _ghost.sums_of_squares(run.pull_back, one_hot[0], wanted)
-
-    def of_all(scale: Array, carry: None) -> tuple[Array, None]:
-        return lax.map(lambda task: sums(*task), (one_hot, scale.T)).T, carry
-
-    return _stats.safe_norms(of_all, (len(wanted), num_tasks))[0]
-
-
-def _sums_of_squares(grads: Any, scale: Array, wanted: tuple[bool, ...]) -> Array:
-    """[leaves] sums of squares of one task's gradient; 0 where a leaf is not wanted."""
-    return jnp.stack(
-        [
-            _stats.sum_of_squares(leaf, scale[i]).astype(jnp.float32)
-            if wanted[i]
-            else jnp.zeros([], jnp.float32)
-            for i, leaf in enumerate(jax.tree.leaves(grads))
-        ]
-    )
-
-
-def _sum_and_norms(
-    run: _Run,
-    params: Any,
-    present: Bool[Array, " tasks"],
-    factors: Callable[[Array], list[Array]],
-    *,
-    wanted: tuple[bool, ...],
-    apart: bool,
-    drop: bool,
-) -> tuple[Float[Array, "leaves tasks"], Bool[Array, " tasks"], Any]:
-    """Norms per leaf and task, the usable tasks, and the sum of their gradients times factors.
-
-    ``factors(usable)`` is [K] per leaf. One backward pass per task, twice where a norm needs
-    another scale; a non-finite gradient always does, so one that is dropped is left out by then.
-    """
-    num_tasks = present.shape[0]
-
-    def pull(index: Array, one_hot: Array) -> Any:
-        if apart:
-            return lax.switch(
-                index, [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
-            )
-        return run.pull_back(one_hot)
-
-    def sums(scale: Array, carry: tuple[Array, Any]) -> tuple[Array, tuple[Array, Any]]:
-        usable, _ = carry
-
-        def add(total: list[Array], task: Any) -> tuple[list[Array], Any]:
-            index, one_hot, scale, factors, used = task
-            grads = jax.tree.leaves(pull(index, one_hot))
+        def add(total: list[Array], task: Any) -> tuple[list[Array], Array]:
+            index, one_hot, factors, used = task
+            # Transposing each loss by itself makes the program K times larger.
+            pull = lax.switch(index, one_at_a_time) if self.apart else run.pull_back(one_hot)
+            grads = jax.tree.leaves(pull)
             terms = [
                 factor.astype(t.dtype) * g.astype(t.dtype)
                 for factor, t, g in zip(factors, total, grads, strict=True)
             ]
-            if apart:
+            if self.apart:
                 terms = [jnp.where(used, term, 0) for term in terms]
-            finite = jnp.array(True)
-            if drop:
-                finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in grads]))
             total = [t + term for t, term in zip(total, terms, strict=True)]
-            return total, (_sums_of_squares(grads, scale, wanted), finite)
+            return total, wanted_norms(grads, wanted)
 
-        tasks = (
-            jnp.arange(num_tasks),
-            jnp.eye(num_tasks, dtype=run.losses.dtype),
-            scale.T,
-            jnp.stack(factors(usable)).T,
-            usable,
+        leaves, structure = jax.tree.flatten(self.params)
+        one_hot = jnp.eye(num_tasks, dtype=run.losses.dtype)
+        tasks = jnp.arange(num_tasks), one_hot, factors.T, usable
+        total, norms = lax.scan(add, _passes.zeros_to_sum(leaves), tasks)
+        return norms.T, structure.unflatten(total)
+
+
+def _check_manual_axes(losses: Array) -> None:
+    # Where jax does not tell by this name, the backward pass fails with an error of its own.
+    manual = getattr(jax.typeof(losses), "manual_axis_type", None)
+    if axes := getattr(manual, "varying", ()):
+        raise ValueError(
+            f"the losses differ along {sorted(axes)}, mesh axes of jax.shard_map: norms must "
+            "be those of the mean gradient. Average each loss in losses_fn, with "
+            f"jax.lax.pmean(loss, {tuple(sorted(axes))}); for a model on each device pass "
+            "check_vma=False to shard_map."
         )
-        total, (squares, finite) = lax.scan(add, _zeros_to_sum(jax.tree.leaves(params)), tasks)
-        return squares.T, (present & finite, total)
-
-    start = (present, _zeros_to_sum(jax.tree.leaves(params)))
-    norms, (usable, total) = _stats.safe_norms(sums, (len(wanted), num_tasks), start)
-    leaves, structure = jax.tree.flatten(params)
-    grads = [t.astype(p.dtype) for t, p in zip(total, leaves, strict=True)]
-    return norms, usable, structure.unflatten(grads)
 
 
-def _no_cosines(measured: Array, norms: Array) -> Array:
-    raise AssertionError("this path measures norms alone")
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.number | float | int)
 
 
 def _check_arguments(
-    weighting: Weighting,
     measure: Measure,
     encoder: Callable[..., Any] | None,
     every: int,
     microbatch_size: int | None,
-    norms: Norms,
-    nonfinite: Nonfinite,
+    nonfinite: str,
 ) -> None:
     if measure not in ("exact", "lagged"):
         raise ValueError(f'{measure=} must be "exact" or "lagged".')
@@ -471,18 +395,10 @@ def _check_arguments(
         wrong_type = isinstance(value, bool) or not isinstance(value, int)
         if value is not None and (wrong_type or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-    if norms not in ("direct", "ghost"):
-        raise ValueError(f'{norms=} must be "direct" or "ghost".')
     if encoder is not None and not callable(encoder):
         raise ValueError(f"{encoder=} must be a function (params, *args) -> features.")
-    alone = encoder is None and "cosines" not in weighting.needs
-    if norms == "ghost" and not (measure == "exact" and alone and microbatch_size is None):
+    if nonfinite == "drop" and encoder is not None:
         raise ValueError(
-            'norms="ghost" needs measure="exact", no encoder, no microbatch_size and a weighting '
-            "without cosines: elsewhere the gradients are there to be measured."
-        )
-    if nonfinite == "drop" and (measure == "exact" or not alone or every > 1):
-        raise ValueError(
-            'nonfinite="drop" needs every gradient apart: use measure="lagged" with every=1, no '
-            "encoder and a weighting without cosines, or task_value_and_grad with balance."
+            'nonfinite="drop" needs the gradients of the tasks apart, and with encoder=... one '
+            "backward pass meets them all, where zero times NaN is NaN. Leave encoder out."
         )

@@ -9,14 +9,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from gaba_jax._advance import seen_by_two
-from gaba_jax._contract import leaf_names
+from gaba_jax._checks import check_params, leaf_names
 from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._selection import Selection, Selector, select
-from gaba_jax._stats import combine_norms
-from gaba_jax._transform import measure_stacked
-from gaba_jax._value_and_grad import check_params, task_value_and_grad
+from gaba_jax._state import seen_by_two
+from gaba_jax._statistics import combine_cosines, combine_norms, measure_stacked
 from gaba_jax._value_and_grad import task_names as names_of
+from gaba_jax._value_and_grad import task_value_and_grad
 
 
 def diagnose(
@@ -170,27 +169,27 @@ def _measurer(
     def measure(params: Any, batch: Any, seen: Array) -> _Found:
         losses, leaves = stacked(params, batch)
         num_tasks = losses.shape[0]
-        whole = measure_stacked(leaves, all_leaves, num_tasks)
+        whole = measure_stacked(leaves, all_leaves, num_tasks, with_cosines=True)
         # As the drivers do: a NaN is measured, which rejects the batch, and not remembered.
-        pulls = whole.leaf_norms != 0
+        pulls = whole.norms != 0
         measured = _on_shared(selection, seen | pulls) & jnp.asarray(selection.measure_on, bool)
-        norms = combine_norms(whole.leaf_norms, measured)
+        norms = combine_norms(whole.norms, measured)
         half_norms = jnp.full([2, num_tasks], jnp.nan, jnp.float32)
         half_cosines = half_norms[0]
         if both := gradients_of_halves(params, batch):
 
             def of_task(halves: list[Array]) -> tuple[Array, Array]:
-                measurement = measure_stacked(halves, all_leaves, 2)
-                two = combine_norms(measurement.leaf_norms, measured)
-                return two, measurement.cosines(measured, two)[0, 1]
+                measurement = measure_stacked(halves, all_leaves, 2, with_cosines=True)
+                two = combine_norms(measurement.norms, measured)
+                return two, combine_cosines(measurement, measured, two)[0, 1]
 
             half_norms, half_cosines = jax.vmap(of_task, in_axes=1, out_axes=(1, 0))(both)
         return _Found(
             losses=losses,
             norms=norms,
-            cosines=whole.cosines(measured, norms),
-            leaf_norms=whole.leaf_norms,
-            seen=seen | (pulls & jnp.isfinite(whole.leaf_norms)),
+            cosines=combine_cosines(whole, measured, norms),
+            leaf_norms=whole.norms,
+            seen=seen | (pulls & jnp.isfinite(whole.norms)),
             measured=measured,
             half_norms=half_norms,
             half_cosines=half_cosines,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gaba_jax import controller
-from gaba_jax._stats import largest_to_smallest
+from gaba_jax._statistics import largest_to_smallest
 
 _WIDTH = 80
 _LEAST_RATIO = 10  # below it plain weights suffice

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from gaba_jax._contract import check_stacked
+from gaba_jax._checks import check_stacked
 from gaba_jax.weighting._base import check_num_tasks
 
 

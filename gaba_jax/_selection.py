@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array
 
-from gaba_jax._contract import leaf_names
+from gaba_jax._checks import leaf_names
 
 Selector = Any  # a pytree of bools, or a callable params -> pytree of bools
 
@@ -18,6 +19,21 @@ class Selection(NamedTuple):
 
     shared: tuple[bool, ...] | None
     measure_on: tuple[bool, ...]
+    weight_task_specific: bool = True
+
+    def wanted(self, every: bool = False) -> tuple[bool, ...]:
+        """The leaves whose norms somebody reads; all of them with ``every``."""
+        if every:
+            return (True,) * len(self.measure_on)
+        if self.shared is None:
+            return self.measure_on
+        return tuple(s and m for s, m in zip(self.shared, self.measure_on, strict=True))
+
+    def coefficients(self, task_weights: Array, usable: Array) -> list[Array]:
+        """Per leaf the [K] factors of the task gradients."""
+        plain = usable.astype(task_weights.dtype)
+        shared = self.shared or (True,) * len(self.measure_on)
+        return [task_weights if s or self.weight_task_specific else plain for s in shared]
 
 
 class _ByName:
@@ -105,7 +121,12 @@ def _matches(name: str, path: str) -> bool:
     )
 
 
-def select(shared: Selector | None, measure_on: Selector | None, params: Any) -> Selection:
+def select(
+    shared: Selector | None,
+    measure_on: Selector | None,
+    params: Any,
+    weight_task_specific: bool = True,
+) -> Selection:
     """Resolves both selectors on a tree of parameters (arrays or ShapeDtypeStructs).
 
     Raises:
@@ -125,7 +146,7 @@ def select(shared: Selector | None, measure_on: Selector | None, params: Any) ->
                 f"{shared=} and {measure_on=} have no leaf in common, so there is nothing to "
                 f"measure. The paths are: {', '.join(paths)}"
             )
-    return Selection(shared_mask, measure_mask)
+    return Selection(shared_mask, measure_mask, weight_task_specific)
 
 
 def _resolve(

@@ -1,6 +1,5 @@
 """Weightings as optax transforms that turn stacked gradients into one balanced update."""
 
-from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, Literal
 
@@ -10,10 +9,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from gaba_jax import _stats
 from gaba_jax import weighting as weightings
-from gaba_jax._advance import (
-    Measurement,
+from gaba_jax._checks import check_driver_arguments, check_stacked
+from gaba_jax._selection import Selector, select
+from gaba_jax._state import (
     advance,
     check_state,
     init_state,
@@ -21,8 +20,7 @@ from gaba_jax._advance import (
     needed_losses,
     task_presence,
 )
-from gaba_jax._contract import check_stacked
-from gaba_jax._selection import Selection, Selector, select
+from gaba_jax._statistics import measure_stacked, whole_leaves
 from gaba_jax.weighting._base import Number, Weighting, check_weighting
 from gaba_jax.weighting._gradnorm import Variant
 from gaba_jax.weighting._stabilize import Floor
@@ -106,18 +104,20 @@ def balance(
     ) -> tuple[Any, Any]:
         del extra_args
         check_stacked(updates, params, num_tasks, state.seen_by_task.shape[0])
-        check_state(state, state.seen_by_task.shape[0], num_tasks)
+        check_state(state, state.seen_by_task.shape[0], weighting)
         task_losses = needed_losses(weighting, task_losses)
         present = task_presence(task_mask, num_tasks)
         like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
-        selection = select(shared, measure_on, like_params)
+        selection = select(shared, measure_on, like_params, weight_task_specific)
         leaves, structure = jax.tree.flatten(updates)
         measurement, usable = None, present
-        reads = measures_gradients(weighting)
-        if reads or nonfinite == "drop":
-            measurement = measure_stacked(leaves, wanted_leaves(selection, nonfinite), num_tasks)
-            if nonfinite == "drop":
-                usable = present & jnp.all(jnp.isfinite(measurement.leaf_norms), axis=0)
+        reads, drop = measures_gradients(weighting), nonfinite == "drop"
+        if reads or drop:
+            measurement = measure_stacked(
+                leaves, selection.wanted(every=drop), num_tasks, "cosines" in weighting.needs
+            )
+            if drop:
+                usable = present & jnp.all(jnp.isfinite(measurement.norms), axis=0)
         state = advance(
             weighting,
             selection,
@@ -127,13 +127,13 @@ def balance(
             present=present,
             usable=usable,
         )
-        coefficients = leaf_coefficients(
-            state.task_weights, usable, selection, weight_task_specific
-        )
-        all_read = task_mask is None and nonfinite == "propagate"
-        return structure.unflatten(
-            combine(leaves, coefficients, None if all_read else usable)
-        ), state
+        read = None if task_mask is None and not drop else usable
+        factors = selection.coefficients(state.task_weights, usable)
+        combined = [
+            leaf.combine(each, read)
+            for leaf, each in zip(whole_leaves(leaves), factors, strict=True)
+        ]
+        return structure.unflatten(combined), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -311,65 +311,3 @@ def gradnorm(
         weight_task_specific=weight_task_specific,
         nonfinite=nonfinite,
     )
-
-
-def check_driver_arguments(
-    shared: Selector | None, weight_task_specific: bool, nonfinite: Nonfinite
-) -> None:
-    """Raises ValueError on arguments that no driver takes."""
-    if nonfinite not in ("propagate", "drop"):
-        raise ValueError(f'{nonfinite=} must be "propagate" or "drop".')
-    if not weight_task_specific and shared is None:
-        raise ValueError(
-            "weight_task_specific=False needs an explicit shared=..., such as "
-            'exclude("rul_head", "health_head"): what is task-specific must be known before the '
-            "first gradient."
-        )
-
-
-def measure_stacked(
-    leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int
-) -> Measurement:
-    """The measurement of gradients [K, ...], as constants."""
-    constants = jax.tree.map(jax.lax.stop_gradient, leaves)
-    return Measurement(
-        _stats.leaf_norms(constants, wanted, num_tasks),
-        lambda measured, norms: _stats.cosines(constants, measured, norms),
-    )
-
-
-def leaf_coefficients(
-    task_weights: Array, usable: Array, selection: Selection, weight_task_specific: bool
-) -> list[Array]:
-    """[K] factors of the task gradients, per leaf."""
-    plain = usable.astype(task_weights.dtype)
-    shared = selection.shared or (True,) * len(selection.measure_on)
-    return [task_weights if s or weight_task_specific else plain for s in shared]
-
-
-def wanted_leaves(selection: Selection, nonfinite: Nonfinite) -> tuple[bool, ...]:
-    """The leaves whose norms somebody reads."""
-    if nonfinite == "drop":
-        return (True,) * len(selection.measure_on)
-    if selection.shared is None:
-        return selection.measure_on
-    return tuple(s and m for s, m in zip(selection.shared, selection.measure_on, strict=True))
-
-
-def combine(
-    leaves: Sequence[Array], coefficients: Sequence[Array], usable: Array | None
-) -> list[Array]:
-    """``sum_i coefficients[l][i] * leaves[l][i]``, never reading a task that is not usable.
-
-    Slice by slice, which XLA folds; ``usable`` is None where all are.
-    """
-
-    def total(leaf: Array, factors: Array) -> Array:
-        accurate = _stats.wide(leaf)
-        total = jnp.zeros(leaf.shape[1:], accurate)
-        for i in range(leaf.shape[0]):
-            term = leaf[i].astype(accurate) * factors[i].astype(accurate)
-            total = total + (term if usable is None else jnp.where(usable[i], term, 0))
-        return total.astype(leaf.dtype)
-
-    return [total(*each) for each in zip(leaves, coefficients, strict=True)]

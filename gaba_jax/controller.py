@@ -23,9 +23,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from gaba_jax._advance import BalanceState, Measurement, advance, init_state
 from gaba_jax._selection import Selection
-from gaba_jax._stats import TaskStats
+from gaba_jax._state import BalanceState, advance, init_state
+from gaba_jax._statistics import Measurement, TaskStats
 from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, check_weighting
 from gaba_jax.weighting._constant import constant
 from gaba_jax.weighting._gaba import gaba
@@ -312,7 +312,6 @@ def simulate(
         wanted = f"{rule.num_tasks} wide, one per task of the weighting"
         raise ValueError(f"norms must be {wanted}; got shape {rows.shape}.")
     everyone = jnp.ones([rule.num_tasks], bool)
-    identity = jnp.eye(rule.num_tasks, dtype=jnp.float32)
 
     def update(carry: tuple[BalanceState, Any], given: Any) -> tuple[Any, Any]:
         state, memory = carry
@@ -332,7 +331,7 @@ def simulate(
             rule,
             Selection(shared=(True,), measure_on=(True,)),
             state,
-            Measurement(now[None], lambda measured, norms: identity),
+            Measurement(now[None], cosines=None),
             task_losses=None,
             present=everyone,
             usable=everyone,

@@ -10,9 +10,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
-from gaba_jax._advance import BalanceState
-from gaba_jax._contract import path_name
-from gaba_jax._stats import largest_to_smallest
+from gaba_jax._checks import path_name
+from gaba_jax._state import BalanceState
+from gaba_jax._statistics import largest_to_smallest
 
 
 def balance_metrics(

@@ -18,7 +18,7 @@ os.environ.setdefault(
 )
 
 # The shapes in the annotations of the dense helpers hold in every test.
-DENSE = ["gaba_jax._advance", "gaba_jax._stats", "gaba_jax.monitor", "gaba_jax.turbofan.model"]
+DENSE = ["gaba_jax._state", "gaba_jax._statistics", "gaba_jax.monitor", "gaba_jax.turbofan.model"]
 jaxtyping.install_import_hook(DENSE, "beartype.beartype")
 
 # A busy machine is no failure. In CI the examples are the same every time, so that a change is

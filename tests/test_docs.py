@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gaba_jax
-from benchmarks import docs_pages, performance
+from benchmarks import docs_pages, large_models, performance
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -197,10 +197,32 @@ def test_what_is_said_of_the_measurements():
     calls = [calls for paths in exported.values() for on in paths.values() for calls in on.values()]
     assert calls
     assert not any(calls)
-    results = performance.read("overhead")["results"]
-    for model in performance.MODELS:
-        times = {path: row["time"] for path, row in results[model]["2"].items()}
-        assert times["stacked"] < min(times["exact"], times["exact, ghost norms"])
+    cases = performance.read("cancellation")["results"]
+    assert len(cases) > 10
+    assert all(case["exact"] <= max(1e-4, 3 * case["direct"]) for case in cases.values())
+    assert max(case["cancellation"] for case in cases.values()) > 9e4
+    for compiled in performance.read("lowering")["compiled"].values():
+        for layout in docs_pages.LAYOUTS:
+            assert compiled[layout]["exact"]["bytes"] <= compiled[layout]["stacked"]["bytes"]
+    large = performance.read("overhead")["results"]["mlp"]["8"]
+    for what in ("time", "memory"):
+        assert large["exact"][what] < large["stacked"][what]
+
+
+def test_what_is_said_of_large_models():
+    """The stored counts are those of the shapes, and the leaf is the narrower side there."""
+    stored, shapes = performance.read("large_models"), large_models.Shapes()
+    assert stored["results"] == large_models.count(shapes)
+    assert stored["widest"]["factor / leaf"] == shapes.tokens() / shapes.width > 1
+    operations = {path: row["operations"] for path, row in stored["results"].items()}
+    last, every = operations["exact, on the last block"], operations["exact, every=10"]
+    assert last < every < operations["exact, or stacked"] / 2
+    assert "6.7 B parameters on 256 chips with K = 3" in PAGES["choose_a_path.md"]
+    assert 6.7e9 <= stored["parameters"] < 6.8e9
+
+
+def test_the_page_of_paths_is_one_screen():
+    assert len(PAGES["choose_a_path.md"].splitlines()) <= 80
 
 
 @pytest.mark.parametrize("peer", ["GABALoss", "TorchJD"])

@@ -28,7 +28,14 @@ TRUNK, HEAD = 4 * 2 * WIDTH * WIDTH, 4 * WIDTH  # bytes; the heads are one vecto
 SMALL = 256  # bytes that norms and a whole vector may add
 ROWS = [(name, path) for name in [*LAYOUTS, "shard_map"] for path in PATHS]
 ROWS += [("shard_map, unchecked", "plain"), ("shard_map, unchecked", "stacked")]
-MEASURED = [row for row in [*ROWS, *((PAGE, path) for path in PATHS)] if row[1] != "plain"]
+EXACT = ("exact", "exact, cosines")
+# Where parameters are gathered before they are used, and on every other path that measures.
+GATHERED = [
+    (layout, path)
+    for layout in [*LAYOUTS, "shard_map", PAGE]
+    for path in PATHS
+    if path in ("stacked", "lagged") or (path in EXACT and ("fsdp" in layout or layout == PAGE))
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +48,47 @@ def found(on_eight_devices):
     return on_eight_devices["steps"]
 
 
-def total(collectives, operation):
-    return sum(size * n for name, size, n in collectives if name == operation)
+def total(collectives, operation=None):
+    return sum(size * n for name, size, n in collectives if operation in (None, name))
 
 
 @pytest.mark.parametrize(("layout", "path"), ROWS)
 def test_twenty_steps_end_where_one_device_does(found, layout, path):
-    assert found[layout][path]["deviation"] <= 1e-5
+    row = found[layout][path]
+    assert "error" not in row
+    assert row["deviation"] <= 1e-5
 
 
 @pytest.mark.parametrize("layout", ["data parallel", "data parallel, explicit", "shard_map"])
 def test_data_parallel_reduces_each_measured_gradient_once(found, layout):
     gradient = TRUNK + K * HEAD
-    assert {path: row["collectives"] for path, row in found[layout].items()} == {
+    rows = {path: found[layout][path]["collectives"] for path in ("plain", "stacked", "lagged")}
+    assert rows == {
         "plain": [["all-reduce", gradient, 1]],
         "stacked": [["all-reduce", K * TRUNK + K * HEAD, 1]],  # a head has one task's gradient
-        "exact": [["all-reduce", gradient, K + 1]],
         "lagged": [["all-reduce", gradient, K]],
     }
 
 
-@pytest.mark.parametrize(("layout", "path"), MEASURED)
+@pytest.mark.parametrize("path", EXACT)
+@pytest.mark.parametrize("layout", ["data parallel", "data parallel, explicit"])
+def test_factors_are_gathered_instead_of_gradients_reduced(found, layout, path):
+    """Of the kernels one gradient is reduced, that of the update: this is measured on factors."""
+    moved = found[layout][path]["collectives"]
+    assert TRUNK <= total(moved, "all-reduce") <= TRUNK + K * HEAD + SMALL
+    assert total(moved, "all-gather") > 0
+
+
+@pytest.mark.parametrize("path", EXACT)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "shard_map", PAGE])
+def test_exact_moves_at_most_what_stacked_gradients_do(found, layout, path):
+    """In bytes of all collectives together."""
+    moved, stacked = (found[layout][name]["collectives"] for name in (path, "stacked"))
+    assert "all-to-all" not in {operation for operation, *_ in moved}
+    assert total(moved) <= total(stacked)
+
+
+@pytest.mark.parametrize(("layout", "path"), GATHERED)
 def test_sharded_parameters_are_gathered_as_in_a_plain_step(found, layout, path):
     """No all-to-all, and never a stack of gradients: what is moved more is the reduction."""
     plain, moved = found[layout]["plain"]["collectives"], found[layout][path]["collectives"]
@@ -70,10 +97,10 @@ def test_sharded_parameters_are_gathered_as_in_a_plain_step(found, layout, path)
         Counter({size: n for operation, size, n in row if operation == "all-gather"})
         for row in (moved, plain)
     )
+    if path in EXACT:  # which gathers factors too
+        gathers = Counter({size: n for size, n in gathers.items() if size in expected})
     assert gathers == expected
-    times = {"stacked": K, "exact": K + 1, "lagged": K}[path]
-    reduced = total(moved, "all-reduce")
-    assert reduced <= times * total(plain, "all-reduce") + SMALL
+    assert total(moved, "all-reduce") <= K * total(plain, "all-reduce") + SMALL
 
 
 def test_sharded_kernels_are_gathered_at_all(found):

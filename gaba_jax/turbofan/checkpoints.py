@@ -36,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
-from gaba_jax._contract import leaf_names
+from gaba_jax._checks import leaf_names
 
 FORMAT = 1
 """Number of the layout that this version writes."""

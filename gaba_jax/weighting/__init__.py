@@ -8,7 +8,7 @@ A rule is made by calling it with the number of tasks, and runs in :func:`gaba_j
 >>> tx = optax.chain(balance(rule), optax.adamw(1e-3))
 """
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._aligned_mtl import aligned_mtl
 from gaba_jax.weighting._base import Weighting
 from gaba_jax.weighting._cagrad import cagrad

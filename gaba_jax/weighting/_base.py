@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 
 Number = float | Array  # a Python number, or a scalar array that may be traced
 Vector = Array | np.ndarray

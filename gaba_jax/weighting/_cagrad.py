@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, equal_weights, number
 from gaba_jax.weighting._gramian import (
     NEEDS,

@@ -7,7 +7,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Weighting, as_float32, check_num_tasks
 
 

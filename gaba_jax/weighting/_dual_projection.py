@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
 from gaba_jax.weighting._gramian import (
     NEEDS,

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import (
     LARGEST,
     Number,

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, number
 from gaba_jax.weighting._gramian import NEEDS, of_gradients, relative_norms, unit_gramian, usable
 from gaba_jax.weighting._random import initial_key, next_key

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
 from gaba_jax.weighting._gramian import NEEDS, of_gradients, unit_gramian, usable
 from gaba_jax.weighting._solvers import ridge_solution

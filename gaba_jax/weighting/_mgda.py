@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights, over_present
 from gaba_jax.weighting._gramian import NEEDS, SolverState, no_residual, unit_gramian
 from gaba_jax.weighting._solvers import nonnegative_qp

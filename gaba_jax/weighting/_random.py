@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights, number
 
 _IMPL = "threefry2x32"  # named, so that a checkpoint does not depend on jax's default

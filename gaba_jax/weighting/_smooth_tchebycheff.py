@@ -6,7 +6,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import (
     Number,
     Weighting,

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from gaba_jax._stats import TaskStats
+from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import (
     Weighting,
     check_num_tasks,

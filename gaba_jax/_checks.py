@@ -1,4 +1,4 @@
-"""The leading-axis contract: stacked gradients, [K, *param.shape] on every leaf."""
+"""What is checked when a step is traced: parameters, losses, and the leading axis of gradients."""
 
 from typing import Any
 
@@ -71,3 +71,67 @@ def check_stacked(
                 f"updates leaf {name!r} has shape {shape}, but must have shape {expected}: "
                 f"the tasks, then the parameter's shape. {remedy}"
             )
+
+
+def is_stacked(losses: Any) -> bool:
+    """Whether losses came as one [K] array."""
+    return hasattr(losses, "ndim") and losses.ndim == 1
+
+
+def check_params(params: Any) -> None:
+    """Raises ValueError on parameters that have no gradient."""
+    check_inexact(
+        params,
+        "params",
+        "Split the trainable parameters off first, with nnx.split(model, nnx.Param, ...) or "
+        "eqx.partition(model, eqx.is_inexact_array).",
+    )
+
+
+def check_inexact(tree: Any, what: str, remedy: str) -> None:
+    """Raises ValueError on a leaf that is not floating-point."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        kind = leaf.dtype if hasattr(leaf, "dtype") else type(leaf)  # of a function, say
+        if not jnp.issubdtype(kind, jnp.inexact):
+            is_array = hasattr(leaf, "dtype")
+            got = f"has dtype {kind}" if is_array else f"is of type {kind.__name__}"
+            raise ValueError(
+                f"{what} must be floating-point; leaf {path_name(path)!r} {got}. {remedy}"
+            )
+
+
+def check_losses(losses: Any) -> None:
+    """Raises ValueError on losses that are not K real scalars."""
+    leaves = jax.tree.leaves_with_path(losses)
+    if not leaves:
+        raise ValueError("losses_fn returned no losses.")
+    if len(leaves) == 1 and leaves[0][1] is losses and jnp.shape(losses) == ():
+        raise ValueError(
+            "losses_fn returned one scalar; return the K task losses apart, as a tuple, a dict or "
+            "a [K] array, instead of their sum."
+        )
+    for path, loss in leaves:
+        shape = jnp.shape(loss)
+        if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(
+                f"losses_fn must return real floating-point losses; loss {path_name(path)!r} has "
+                f"dtype {jnp.result_type(loss)}."
+            )
+        if shape and not (is_stacked(losses) and shape[0] > 0):
+            raise ValueError(
+                "losses_fn must return a [K] array, or a tuple, list or dict of K scalars; loss "
+                f"{path_name(path)!r} has shape {shape}. Reduce it first, with .mean() or .sum(); "
+                "with an auxiliary output pass has_aux=True."
+            )
+
+
+def check_driver_arguments(shared: Any, weight_task_specific: bool, nonfinite: str) -> None:
+    """Raises ValueError on arguments that no driver takes."""
+    if nonfinite not in ("propagate", "drop"):
+        raise ValueError(f'{nonfinite=} must be "propagate" or "drop".')
+    if not weight_task_specific and shared is None:
+        raise ValueError(
+            "weight_task_specific=False needs an explicit shared=..., such as "
+            'exclude("rul_head", "health_head"): what is task-specific must be known before the '
+            "first gradient."
+        )

@@ -6,18 +6,28 @@ import numpy as np
 import optax
 import pytest
 
-from gaba_jax import _stats, balance, task_value_and_grad
+from gaba_jax import _statistics, balance, task_value_and_grad
 from gaba_jax import weighting as weightings
-from gaba_jax._contract import check_stacked
+from gaba_jax._checks import check_stacked
 
 SCALES = [1e-30, 1e-25, 1e-19, 1e-8, 1.0, 1e6, 1e18, 1e30]
 
 
-def norms_of(leaves):
+def measurement_of(leaves, with_cosines=False):
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    measured = jnp.ones(len(leaves), bool)
-    per_leaf = _stats.leaf_norms(leaves, (True,) * len(leaves), leaves[0].shape[0])
-    return _stats.combine_norms(per_leaf, measured)
+    wanted = (True,) * len(leaves)
+    return _statistics.measure_stacked(leaves, wanted, leaves[0].shape[0], with_cosines)
+
+
+def norms_of(leaves):
+    norms = measurement_of(leaves).norms
+    return _statistics.combine_norms(norms, jnp.ones(len(norms), bool))
+
+
+def cosines_of(leaves, measured):
+    measurement = measurement_of(leaves, with_cosines=True)
+    norms = _statistics.combine_norms(measurement.norms, measured)
+    return _statistics.combine_cosines(measurement, measured, norms)
 
 
 def exact(leaves):
@@ -63,7 +73,7 @@ def test_low_precision_leaves_accumulate_in_float32(dtype, value):
 def test_many_tasks_and_leaves_take_one_reduction_a_leaf():
     rng = np.random.default_rng(3)
     leaves = [rng.normal(size=(64, 3)).astype(np.float32) * 10.0**power for power in range(-4, 5)]
-    assert 64 * len(leaves) > _stats._MOST_SLICES
+    assert 64 * len(leaves) > _statistics._MOST_SLICES
     np.testing.assert_allclose(jax.jit(norms_of)(leaves), exact(leaves), rtol=1e-6)
 
 
@@ -102,8 +112,7 @@ def test_cosines(scale):
     np.fill_diagonal(expected, 1)
     rows = rows * np.array([[scale], [1.0], [500.0], [1.0]])
     leaves = [jnp.asarray(part, jnp.float32) for part in np.split(rows, [10, 35], axis=1)]
-    measured = jnp.ones(3, bool)
-    cosines = jax.jit(_stats.cosines)(leaves, measured, norms_of(leaves))
+    cosines = jax.jit(cosines_of)(leaves, jnp.ones(3, bool))
     np.testing.assert_allclose(cosines, expected, atol=1e-6)
 
 
@@ -156,10 +165,11 @@ def test_cosines_by_slices_are_those_by_leaf(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(3, 5, 4), (3, 7), (3,)]
     leaves = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    measured, norms = jnp.array([True, True, False]), norms_of(leaves[:2])
-    by_slices = _stats.cosines(leaves, measured, norms)
-    monkeypatch.setattr(_stats, "_MOST_SLICES", 0)
-    np.testing.assert_allclose(by_slices, _stats.cosines(leaves, measured, norms), atol=1e-6)
+    measured = jnp.array([True, True, False])
+    by_slices = cosines_of(leaves, measured)
+    monkeypatch.setattr(_statistics, "_MOST_SLICES", 0)
+    _statistics.measure_stacked.clear_cache()  # it was traced with another number
+    np.testing.assert_allclose(by_slices, cosines_of(leaves, measured), atol=1e-6)
     flat = np.concatenate([np.reshape(leaf, (3, -1)) for leaf in leaves[:2]], axis=1)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     np.testing.assert_allclose(by_slices, flat @ flat.T, atol=1e-6)

@@ -1,6 +1,5 @@
 """From one measurement to the next state: what every driver of a Weighting shares."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._selection import Selection
-from gaba_jax._stats import TaskStats, combine_norms
+from gaba_jax._statistics import Measurement, TaskStats, combine_cosines, combine_norms
 from gaba_jax.weighting._base import Weighting, share_out
 from gaba_jax.weighting._gramian import SolverState
 
@@ -39,17 +38,6 @@ class BalanceState(NamedTuple):
     weighting_state: Any
 
 
-class Measurement(NamedTuple):
-    """What a driver measured in one update.
-
-    ``leaf_norms`` is [leaves, K] with zeros on leaves nobody asked for; ``cosines`` computes
-    [K, K] from (measured leaves [leaves] bool, norms [K]).
-    """
-
-    leaf_norms: Float[Array, "leaves tasks"]
-    cosines: Callable[[Array, Array], Array]
-
-
 def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
     """The state before any update; nothing is measured yet."""
     num_tasks = weighting.num_tasks
@@ -71,14 +59,20 @@ def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
     )
 
 
-def check_state(state: BalanceState, num_leaves: int, num_tasks: int) -> None:
-    """Raises ValueError on a state of other parameters, or of another number of tasks."""
-    shape = jnp.shape(state.seen_by_task)
+def check_state(state: BalanceState, num_leaves: int, weighting: Weighting) -> None:
+    """Raises ValueError on a state of other parameters, another number of tasks or another rule."""
+    shape, num_tasks = jnp.shape(state.seen_by_task), weighting.num_tasks
     if shape != (num_leaves, num_tasks):
         raise ValueError(
             f"the state is of {shape[0]} parameter leaves and {shape[1]} tasks, but there are "
             f"{num_leaves} leaves and num_tasks={num_tasks}. Pass the state that init(params) made "
             "for these parameters and this weighting."
+        )
+    if (state.task_cosines is not None) != ("cosines" in weighting.needs):
+        kept = "no cosines" if state.task_cosines is None else "cosines"
+        raise ValueError(
+            f"the state is of another weighting: it keeps {kept}, and this one has "
+            f"needs={sorted(weighting.needs)}. Pass the state that init(params) made for it."
         )
 
 
@@ -120,7 +114,7 @@ def advance(
     seen, norms = state.seen_by_task, jnp.zeros_like(state.task_norms)
     measured, measurable = None, jnp.array(True)
     if measurement is not None:
-        leaf_norms = jnp.where(present, measurement.leaf_norms, 0)
+        leaf_norms = jnp.where(present, measurement.norms, 0)
         measured = jnp.asarray(selection.measure_on, bool)
         if selection.shared is None:
             # A NaN counts as a gradient here: the leaf is measured, the measurement rejected. It
@@ -143,7 +137,9 @@ def advance(
     cosines, pairs = None, present[:, None] & present[None, :]
     if measurement is not None and measured is not None and state.task_cosines is not None:
         identity = jnp.eye(weighting.num_tasks, dtype=jnp.float32)
-        cosines = jnp.where(pairs & accepted, measurement.cosines(measured, norms), identity)
+        cosines = jnp.where(
+            pairs & accepted, combine_cosines(measurement, measured, norms), identity
+        )
     stats = TaskStats(
         norms=norms,
         cosines=cosines,

@@ -1,0 +1,154 @@
+"""The gradients of K tasks after a forward pass, in the cheapest form that serves: where to cut."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from gaba_jax._passes import Pass
+from gaba_jax._selection import Selection
+from gaba_jax._statistics import Leaf, Measurement, measure, measure_stacked, norms_of, whole_leaves
+
+
+class TaskGradients(NamedTuple):
+    """What a driver needs of K gradients, and nothing of how they are kept.
+
+    Attributes:
+      measure: ``(wanted leaves, whether cosines are needed) -> Measurement``.
+      combine: ``(per leaf the [K] factors, [K] the tasks that may be read or None for all) ->``
+        the leaves of the update.
+      selection: of the leaves that are measured.
+    """
+
+    measure: Callable[[tuple[bool, ...], bool], Measurement]
+    combine: Callable[[Sequence[Array], Array | None], list[Array]]
+    selection: Selection
+
+
+def task_gradients(
+    run: Pass, params: Any, selection: Selection, apart: bool, reads: bool, with_cosines: bool
+) -> TaskGradients:
+    """The gradients of one pass.
+
+    Args:
+      run: the pass.
+      params: the parameters.
+      selection: which leaves are shared, and measured.
+      apart: whether a task must not reach the gradients of another, be it with a NaN.
+      reads: whether they will be measured.
+      with_cosines: whether cosines will be.
+    """
+    num_tasks = run.losses.shape[0]
+    if run.feature_gradients is not None:
+        return _on_features(run, selection)
+    if run.pull_back_apart is None:
+        if apart or with_cosines:
+            return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
+        return pulled(run, functools.partial(_one_by_one, run, params), selection)
+    program = _understood(run, num_tasks)
+    if program is None or (apart and run.apart and program.mixes()):
+        if not reads and not apart:
+            return pulled(run, _nothing, selection)
+        return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
+    once = not apart and program.is_linear()
+    if once and not reads:
+        return pulled(run, _nothing, selection)
+    from gaba_jax import _cut
+
+    every = (True,) * len(selection.measure_on)
+    plan = _cut.Plan(program, every)
+    if once and selection.weight_task_specific:
+        measured = _cut.Plan(program, selection.wanted())
+        if measured.operations() + program.operations(program.leaves, False) < plan.operations():
+            leaves = measured.run()
+            return pulled(
+                run, lambda wanted, cos: measure(leaves, wanted, num_tasks, cos), selection
+            )
+    return kept(plan.run(), num_tasks, selection)
+
+
+def kept(leaves: Sequence[Leaf], num_tasks: int, selection: Selection) -> TaskGradients:
+    """Gradients that are there, leaf by leaf."""
+
+    def combine(factors: Sequence[Array], usable: Array | None) -> list[Array]:
+        return [
+            leaf.combine(*_of(leaf.tasks, each, usable))
+            for leaf, each in zip(leaves, factors, strict=True)
+        ]
+
+    return TaskGradients(
+        lambda wanted, with_cosines: measure(leaves, wanted, num_tasks, with_cosines),
+        combine,
+        selection,
+    )
+
+
+def _of(tasks: tuple[int, ...], factors: Array, usable: Array | None) -> Any:
+    at = np.array(tasks, int)
+    return factors[at], None if usable is None else usable[at]
+
+
+def pulled(run: Pass, measured: Callable[..., Measurement], selection: Selection) -> TaskGradients:
+    """Gradients that are not there: their sum is one backward pass with the weights."""
+
+    def combine(factors: Sequence[Array], usable: Array | None) -> list[Array]:
+        del usable
+        different = {id(each): each for each in factors}
+        of_each = {key: jax.tree.leaves(run.pull_back(each)) for key, each in different.items()}
+        return [of_each[id(each)][i] for i, each in enumerate(factors)]
+
+    return TaskGradients(measured, combine, selection)
+
+
+def _on_features(run: Pass, selection: Selection) -> TaskGradients:
+    assert run.feature_gradients is not None
+    features, num_tasks = run.feature_gradients, run.losses.shape[0]
+
+    def measured(wanted: Any, with_cosines: bool) -> Measurement:
+        del wanted
+        leaves = features()
+        return measure_stacked(leaves, (True,) * len(leaves), num_tasks, with_cosines)
+
+    number = len(jax.eval_shape(features))
+    return pulled(run, measured, selection)._replace(
+        selection=Selection((True,) * number, (True,) * number)
+    )
+
+
+def _nothing(wanted: Any, with_cosines: bool) -> Measurement:
+    raise AssertionError("the weighting reads no gradients")
+
+
+def _one_by_one(
+    run: Pass, params: Any, wanted: tuple[bool, ...], with_cosines: bool
+) -> Measurement:
+    """Norms of one task's gradient after the other, of which none is kept."""
+    del params, with_cosines
+    one_hot = jnp.eye(run.losses.shape[0], dtype=run.losses.dtype)
+    norms = lax.map(lambda cotangent: wanted_norms(run.pull_back(cotangent), wanted), one_hot)
+    return Measurement(norms.T, None)
+
+
+def wanted_norms(grads: Any, wanted: Sequence[bool]) -> Array:
+    """[leaves], the norms of one task's gradient; 0 where a leaf is not wanted."""
+    constants = lax.stop_gradient(jax.tree.leaves(grads))
+    chosen = [leaf for leaf, want in zip(constants, wanted, strict=True) if want]
+    places = np.flatnonzero(wanted)
+    return jnp.zeros(len(wanted), jnp.float32).at[places].set(norms_of(chosen))
+
+
+def _understood(run: Pass, num_tasks: int) -> Any:
+    """The backward pass as a program; None where this JAX's is not understood."""
+    try:
+        from gaba_jax._program import Program
+    except ImportError:  # jax.extend may change
+        return None
+    one = jnp.ones_like(run.losses[0])
+    cotangents = [one] * num_tasks if run.apart else [jnp.ones_like(run.losses)]
+    assert run.pull_back_apart is not None
+    return Program(run.pull_back_apart, cotangents, num_tasks)

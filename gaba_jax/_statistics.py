@@ -1,0 +1,275 @@
+"""What is measured on the gradients of K tasks: norms and cosines, safe from 1e-30 to 1e30."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from gaba_jax._checks import each_task
+
+# Slices run faster; past this many the program takes too long to compile.
+_MOST_SLICES = 256
+
+# One factor per regime keeps the squares inside float32's range, underflow included.
+_USUAL_SCALE = 2.0**37  # norms from 1e-22 to 1e8; a sum of zero is a true zero down to 1e-30
+_TINY_SCALE = 2.0**100
+_HUGE_SCALE = 2.0**-70
+_USUAL_RANGE = (1e-22, 1e8)
+
+
+class TaskStats(NamedTuple):
+    """What a :class:`gaba_jax.weighting.Weighting` sees of K tasks at one update.
+
+    A task that is absent (``present`` is False) has norm 0, cosines 0 and loss 1.
+
+    Attributes:
+      norms: [K] float32, L2 norms of the task gradients on the measured parameters.
+      cosines: [K, K], cosines between them (diagonal 1; a gradient of norm zero has cosine 0 to
+        the others); None unless the weighting needs them.
+      losses: [K], the task losses; None unless the weighting needs them.
+      present: [K] bool, the tasks that take part in this update.
+      elapsed: [] int32, updates since the measurement before this one; 1 at the first.
+    """
+
+    norms: Float[Array, " tasks"]
+    cosines: Float[Array, "tasks tasks"] | None
+    losses: Float[Array, " tasks"] | None
+    present: Bool[Array, " tasks"]
+    elapsed: Int[Array, ""]
+
+
+class Measurement(NamedTuple):
+    """What was measured in one update, leaf by leaf.
+
+    Attributes:
+      norms: [leaves, K] float32, 0 on leaves nobody asked for.
+      cosines: [leaves, K, K] float32 between the tasks' gradients on each leaf; None where the
+        weighting needs none.
+    """
+
+    norms: Float[Array, "leaves tasks"]
+    cosines: Float[Array, "leaves tasks tasks"] | None
+
+
+class Look(NamedTuple):
+    """A leaf as it was measured, and for which of its tasks that has to be done again."""
+
+    norms: Float[Array, " tasks"]
+    cosines: Float[Array, "tasks tasks"] | None
+    doubt: Bool[Array, " tasks"]
+
+
+@runtime_checkable
+class Leaf(Protocol):
+    """The gradients of the tasks that have a leaf, in whatever form they are kept."""
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """The tasks, in the order of the leading axis of all else."""
+        ...
+
+    def look(self, with_cosines: bool) -> Look:
+        """Norms at the least cost; cosines too if they come with them."""
+        ...
+
+    def look_again(self, look: Look) -> Look:
+        """Norms where the first look was in doubt."""
+        ...
+
+    def cosines(self, norms: Array) -> Array:
+        """Where the looks brought none."""
+        ...
+
+    def combine(self, factors: Array, usable: Array | None) -> Array:
+        """``sum_i factors[i] * g_i``, never reading a task that is not usable (None: all are)."""
+        ...
+
+
+class Whole(NamedTuple):
+    """A leaf whose gradients are there, [tasks, ...].
+
+    ``together`` is how many such leaves are measured at once: where they are few, slice by slice.
+    XLA folds a slice of a stack, which is then never built where the gradients come from the same
+    program.
+    """
+
+    array: Array
+    tasks: tuple[int, ...]
+    together: int = _MOST_SLICES + 1
+
+    def _sums(self, scale: Array) -> Array:
+        constants = lax.stop_gradient(self.array)
+        if len(constants) * self.together <= _MOST_SLICES:
+            each = [sum_of_squares(constants[i], s) for i, s in enumerate(scale)]
+            return jnp.stack(each).astype(jnp.float32)
+        # float64 sums come back to float32 before the root: their scaled square fits there too.
+        return jax.vmap(sum_of_squares)(constants, scale).astype(jnp.float32)
+
+    def look(self, with_cosines: bool) -> Look:
+        """Norms at the usual scale."""
+        del with_cosines
+        # Behind a barrier, or XLA would pull the constant out of the square.
+        scale = lax.optimization_barrier(jnp.full(len(self.array), _USUAL_SCALE, jnp.float32))
+        norms = jnp.sqrt(self._sums(scale)) / scale
+        return Look(norms, None, _scale_for(norms) != _USUAL_SCALE)
+
+    def look_again(self, look: Look) -> Look:
+        """Norms at the scale that the first look found."""
+        scale = _scale_for(look.norms)
+        return look._replace(norms=jnp.sqrt(self._sums(scale)) / scale)
+
+    def cosines(self, norms: Array) -> Array:
+        """From unit gradients, so that every product is below 1, whatever the scale of a task."""
+        leaf, k = lax.stop_gradient(self.array), len(self.array)
+        leaf = leaf.astype(wide(leaf))
+        usable = (norms > 0) & jnp.isfinite(norms)
+        unit = jnp.where(usable, 1 / jnp.where(usable, norms, 1), 0).astype(accumulator(leaf))
+        pairs = list(itertools.combinations(range(k), 2))
+        if pairs and len(pairs) * self.together <= _MOST_SLICES:
+            scaled = [leaf[i] * unit[i] for i in range(k)]
+            dots = [jnp.sum((scaled[i].conj() * scaled[j]).real) for i, j in pairs]
+            above = jnp.zeros([k, k], unit.dtype)
+            above = above.at[tuple(np.array(pairs).T)].set(jnp.stack(dots))
+            gram = above + above.T
+        else:
+            axes, scaled = tuple(range(1, leaf.ndim)), leaf * each_task(unit, leaf)
+            gram = lax.map(lambda one: jnp.sum((scaled * one.conj()).real, axis=axes), scaled)
+        return as_cosines(gram)
+
+    def combine(self, factors: Array, usable: Array | None) -> Array:
+        """Slice by slice, which XLA folds."""
+        accurate = wide(self.array)
+        total = jnp.zeros(self.array.shape[1:], accurate)
+        for i in range(len(self.array)):
+            term = self.array[i].astype(accurate) * factors[i].astype(accurate)
+            total = total + (term if usable is None else jnp.where(usable[i], term, 0))
+        return total.astype(self.array.dtype)
+
+
+def measure(
+    leaves: Sequence[Leaf], wanted: Sequence[bool], num_tasks: int, with_cosines: bool
+) -> Measurement:
+    """Norms, and cosines if they are needed, of the leaves that are wanted."""
+    chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf.tasks]
+    # As constants: weights are not differentiated.
+    looks = [lax.stop_gradient(leaf.look(with_cosines)) for leaf in chosen]
+
+    def again(loop: tuple[Array, list[Look]]) -> tuple[Array, list[Look]]:
+        pairs = zip(chosen, loop[1], strict=True)
+        return jnp.array(False), [lax.stop_gradient(leaf.look_again(look)) for leaf, look in pairs]
+
+    if looks:
+        # A while loop, which runs not at all or once: under vmap a cond would run always.
+        doubt = jnp.any(jnp.concatenate([look.doubt for look in looks]))
+        _, looks = lax.while_loop(lambda loop: loop[0], again, (doubt, looks))
+    norms = [jnp.zeros([num_tasks], jnp.float32)] * len(leaves)
+    cosines = [jnp.eye(num_tasks, dtype=jnp.float32)] * len(leaves)
+    places = [i for i, want in enumerate(wanted) if want and leaves[i].tasks]
+    for place, leaf, look in zip(places, chosen, looks, strict=True):
+        norms[place] = _spread(look.norms, leaf.tasks, norms[place])
+        if with_cosines:
+            found = leaf.cosines(look.norms) if look.cosines is None else look.cosines
+            cosines[place] = _spread(found, leaf.tasks, cosines[place])
+    if not leaves:
+        norms, cosines = jnp.zeros([0, num_tasks]), jnp.zeros([0, num_tasks, num_tasks])
+    return Measurement(jnp.array(norms), jnp.array(cosines) if with_cosines else None)
+
+
+def _spread(of_some: Array, tasks: tuple[int, ...], others: Array) -> Array:
+    """What is known of some tasks, among the others."""
+    if tasks == tuple(range(len(others))):
+        return of_some
+    return others.at[np.ix_(*[np.array(tasks)] * others.ndim)].set(of_some)
+
+
+def whole_leaves(leaves: Sequence[Array]) -> list[Whole]:
+    """Gradients [K, ...] that are there."""
+    return [Whole(leaf, tuple(range(len(leaf))), len(leaves)) for leaf in leaves]
+
+
+# Jitted, or every eager call would compile anew; inlined, or XLA would build the stack for it.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def measure_stacked(
+    leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int, with_cosines: bool
+) -> Measurement:
+    """The measurement of gradients [K, ...]."""
+    return measure(whole_leaves(leaves), wanted, num_tasks, with_cosines)
+
+
+def norms_of(arrays: Sequence[Array]) -> Float[Array, " arrays"]:
+    """The norm of each array."""
+    alone = [array[None] for array in arrays]
+    return measure_stacked(alone, (True,) * len(alone), 1, False).norms[:, 0]
+
+
+def _scale_for(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The scale for another look at norms that were taken at the usual one."""
+    low, high = _USUAL_RANGE
+    huge = ~(norms <= high)  # an overflow to inf, or a NaN
+    tiny = (norms > 0) & (norms < low)
+    scale = jnp.where(huge, _HUGE_SCALE, jnp.where(tiny, _TINY_SCALE, _USUAL_SCALE))
+    return scale.astype(jnp.float32)
+
+
+def sum_of_squares(slice_: Array, scale: Float[Array, ""]) -> Float[Array, ""]:
+    """``sum(|scale * x|**2)`` of one task's gradient on one leaf, in float32 at least."""
+    accurate = accumulator(slice_)
+    if jnp.issubdtype(slice_.dtype, jnp.complexfloating):
+        parts: tuple[Array, ...] = (slice_.real, slice_.imag)
+    else:
+        parts = (slice_,)
+    return sum(
+        (jnp.sum(jnp.square(part.astype(accurate) * scale.astype(accurate))) for part in parts),
+        start=jnp.zeros([], accurate),
+    )
+
+
+def combine_norms(
+    norms: Float[Array, "leaves tasks"], measured: Bool[Array, " leaves"]
+) -> Float[Array, " tasks"]:
+    """The norm over all measured leaves, ``sqrt(sum_l norms[l]**2)``, without overflow."""
+    chosen = jnp.where(measured[:, None], norms, 0)
+    largest = jnp.max(chosen, axis=0, initial=0)
+    divisor = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return divisor * jnp.sqrt(jnp.sum(jnp.square(chosen / divisor), axis=0))
+
+
+def combine_cosines(
+    measurement: Measurement, measured: Bool[Array, " leaves"], norms: Float[Array, " tasks"]
+) -> Float[Array, "tasks tasks"]:
+    """The cosines over all measured leaves, whose norms together are ``norms``."""
+    assert measurement.cosines is not None
+    part = jnp.where(measured[:, None], measurement.norms, 0) / jnp.where(norms > 0, norms, 1)
+    pairs = part[:, :, None] * part[:, None, :]
+    # Chosen afterwards: zero times the NaN of a leaf that is not measured would be NaN.
+    gram = jnp.sum(jnp.where(measured[:, None, None], pairs * measurement.cosines, 0), axis=0)
+    return as_cosines(gram)
+
+
+def as_cosines(gram: Array) -> Float[Array, "tasks tasks"]:
+    """A Gramian of unit gradients without its rounding: at most 1, and a diagonal of 1."""
+    diagonal = jnp.eye(gram.shape[0], dtype=bool)
+    return jnp.where(diagonal, 1, jnp.clip(gram, -1, 1)).astype(jnp.float32)
+
+
+def largest_to_smallest(values: Float[Array, "*batch tasks"]) -> Float[Array, "*batch"]:
+    """Infinite where only the smallest is zero, 1 where all are."""
+    largest, smallest = jnp.max(values, axis=-1), jnp.min(values, axis=-1)
+    ratio = largest / jnp.where(smallest > 0, smallest, 1)
+    return jnp.where(smallest > 0, ratio, jnp.where(largest > 0, jnp.inf, 1))
+
+
+def accumulator(array: Array) -> jnp.dtype:
+    """Float32, or float64 for leaves of that width."""
+    return jnp.finfo(wide(array)).dtype
+
+
+def wide(array: Any) -> jnp.dtype:
+    """The dtype itself where it has 32 bits or more (complex: twice 32), else float32."""
+    return np.promote_types(array.dtype, np.float32)  # JAX's own refuses bfloat16 when strict
