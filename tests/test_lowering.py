@@ -144,8 +144,8 @@ def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devi
     gradient = trunk + K * head
     stacked = K * trunk + K * head + losses  # a head has the gradient of one task
     reduced = {path: tuple(row["all-reduce"].values()) for path, row in found.items()}
-    # With the norms of the features' gradients, in as many pieces as XLA likes.
-    assert reduced.pop("encoder")[1] == gradient + 2 * losses
+    # With the norms of the features' gradients, and again in the loop for those that are in doubt.
+    assert reduced.pop("encoder") == (3, gradient + 3 * losses)
     assert reduced == {
         "plain": (1, gradient + losses),
         "stacked": (1, stacked),
