@@ -1,6 +1,7 @@
 """What all tests share: the compilation cache, the golden arrays, a small two-headed model."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -32,6 +33,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+# Who asks for one of these is slow: real data, eight devices in another process, a browser.
+SLOW_FIXTURES = {"cmapss", "on_eight_devices", "chromium"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before those marks deselect
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays: looking through it for garbage, again and again, takes a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -325,6 +325,7 @@ def test_help(arguments, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
     out = tmp_path / "run"
     # As in a terminal: what a shell starts in the background ignores SIGINT, and so would this.

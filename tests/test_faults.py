@@ -384,6 +384,7 @@ def resident_mebibytes():
     return pages * resource.getpagesize() / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="the resident set is read where Linux has it")
 @pytest.mark.parametrize("name", ["balance", "exact", "lagged"])
 def test_soak(name):
