@@ -5,6 +5,9 @@ import gc
 import os
 import pathlib
 
+# Before NumPy and SciPy load it: where threads wait for a core, QR factors take 100 times as long.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -60,6 +63,16 @@ def _compilation_cache(tmp_path_factory):
     shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Training runs of one configuration share their compiled program."""
+    from tests.runs import share_programs  # after the import hook above
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from gaba_jax.turbofan.train import GabaOptions, TrainConfig, load_data, make_we
 from tests.runs import after, assert_same_run
 from tests.soak import SOAK
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 FIXTURE = pathlib.Path(__file__).parents[1] / "golden" / "checkpoint_0_1_0"
 TINY = TrainConfig(epochs=2, batch_size=4, gaba=GabaOptions(warmup_steps=1, beta=0.5))
 KILLS = 20 if SOAK else 5
@@ -158,7 +159,10 @@ def wait_for(condition, process):
     "changes",
     [
         {"weighting": "random", "gaba": GabaOptions()},
-        {"optimizer": "sgd", "learning_rate": 1e-4, "measure": "lagged", "nonfinite": "drop"},
+        pytest.param(
+            {"optimizer": "sgd", "learning_rate": 1e-4, "measure": "lagged", "nonfinite": "drop"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_chunks_and_a_resume_leave_the_numbers(changes, tmp_path):
