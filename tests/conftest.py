@@ -1,8 +1,12 @@
 """What all tests share: the compilation cache, the golden arrays, a small two-headed model."""
 
 import functools
+import gc
 import os
 import pathlib
+
+# Before NumPy and SciPy load it: where threads wait for a core, QR factors take 100 times as long.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import jax
@@ -34,6 +38,24 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "he
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+# Who asks for one of these is slow: real data, eight devices in another process, a browser.
+SLOW_FIXTURES = {"cmapss", "on_eight_devices", "chromium"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before those marks deselect
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What was imported stays: looking through it for garbage, again and again, takes a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
     """One cache of compiled programs for all workers of a run."""
@@ -41,6 +63,16 @@ def _compilation_cache(tmp_path_factory):
     shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Training runs of one configuration share their compiled program."""
+    from tests.runs import share_programs  # after the import hook above
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

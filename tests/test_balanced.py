@@ -1,6 +1,7 @@
 """balanced_value_and_grad: the same weights and gradients as stacked, at the cost of neither."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -130,12 +131,15 @@ def driver(name, every, debias, floor):
     return run
 
 
-@given(
-    schedule=schedules(),
-    static=st.sampled_from(
-        [(1, False, "renormalize"), (3, False, "project"), (3, True, "renormalize")]
-    ),
+@pytest.mark.parametrize(
+    "static",
+    [
+        (3, True, "renormalize"),
+        pytest.param((1, False, "renormalize"), marks=pytest.mark.slow),
+        pytest.param((3, False, "project"), marks=pytest.mark.slow),
+    ],
 )
+@given(schedule=schedules())
 def test_stacked_exact_and_lagged_agree(schedule, static):
     """The same state on any schedule; lagged applies what the others will have applied before."""
     every, debias, floor = static
@@ -198,8 +202,18 @@ GABA = weighting.gaba(K, beta=0.9, warmup_steps=20)
 HEADS = {"shared": exclude("head_*"), "weight_task_specific": False}
 
 
-@pytest.mark.parametrize("selection", [{}, HEADS, {"measure_on": exclude("bias")}])
-@pytest.mark.parametrize("options", [{}, {"microbatch_size": 4}])
+OF_BIAS = {"measure_on": exclude("bias")}
+COMBINED = [{}, {"microbatch_size": 4}]
+EACH_ONCE = [({}, HEADS), ({}, OF_BIAS), ({"microbatch_size": 4}, {})]
+
+
+@pytest.mark.parametrize(
+    ("options", "selection"),
+    [
+        pair if pair in EACH_ONCE else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(COMBINED, [{}, HEADS, OF_BIAS])
+    ],
+)
 def test_200_steps_of_training_are_those_of_balance(options, selection):
     expected = stacked_training(GABA, **selection)
     actual = balanced_training(closed_over_scales, GABA, **options, **selection)

@@ -17,6 +17,7 @@ from gaba_jax import cli
 from gaba_jax.turbofan import metrics
 from gaba_jax.turbofan.train import EpochRecord, TrainConfig, load_data, train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL = ["--epochs", "2", "--stride", "10"]
 
 
@@ -50,6 +51,7 @@ def test_train_writes_metrics_summary_pictures_and_parameters(finished):
     assert all(np.isfinite(leaf).all() for leaf in params["rul_head"].values())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_bitwise_the_same_summary(finished, tmp_path):
     assert run("train", *SMALL, "--warmup-steps", 0, "--out", tmp_path / "second") == 0
     first, second = (
@@ -64,6 +66,7 @@ def test_the_same_seed_gives_bitwise_the_same_summary(finished, tmp_path):
     ).read_text()
 
 
+@pytest.mark.slow
 def test_another_seed_or_rule_gives_another_run(finished, tmp_path):
     first = json.loads((finished / "summary.json").read_text())
     for name, arguments in [("seed", ["--seed", "1"]), ("rule", ["--weighting", "uniform"])]:
@@ -81,6 +84,7 @@ def test_an_earlier_run_is_not_replaced_unasked(finished, capsys):
     assert (finished / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_checkpoints_are_not_replaced_unasked_and_overwrite_removes_them(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", *SMALL, "--out", out, "--checkpoint-every", 100) == 0
@@ -191,6 +195,7 @@ def test_tensorboard_reads_every_update_and_every_epoch(tmp_path):
     assert not (out / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_event_once(tmp_path):
     out = tmp_path / "run"
     arguments = ["train", *SMALL, "--out", out, "--tensorboard", "--checkpoint-every", 1000]
@@ -230,6 +235,7 @@ def test_an_infinite_score_is_null_and_loses_nothing(tmp_path):
     assert summary["test"]["rmse"] == run.summary["test"]["rmse"]
 
 
+@pytest.mark.slow
 def test_a_stopped_rerun_keeps_no_summary_of_the_run_before(tmp_path, monkeypatch):
     assert run("train", *SMALL, "--out", tmp_path) == 0
 
@@ -241,6 +247,7 @@ def test_a_stopped_rerun_keeps_no_summary_of_the_run_before(tmp_path, monkeypatc
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_simulate_then_train_on_it(tmp_path, capsys):
     fleet = tmp_path / "fleet"
     assert run("simulate", fleet, "--num-train", 12, "--num-test", 5, "--subset", "FD003") == 0
@@ -325,6 +332,7 @@ def test_help(arguments, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
     out = tmp_path / "run"
     # As in a terminal: what a shell starts in the background ignores SIGINT, and so would this.
@@ -355,6 +363,7 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_compare_writes_and_goes_on(tmp_path, capsys):
     arguments = ["compare", "--out", tmp_path, "--epochs", 1, "--stride", 20, "--seeds", 1]
     assert run(*arguments, "--methods", "uniform") == 0

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from absl.testing import parameterized
 from jax import export
 
 from gaba_jax import (
@@ -168,25 +167,42 @@ def make_losses(params, x):
     return tuple(10.0 ** (2 - i) * jnp.mean((h @ params[f"head_{i}"] - 1) ** 2) for i in range(K))
 
 
-@pytest.mark.parametrize("measure", ["exact", "lagged"])
+MEASURES = ["exact", "lagged"]
+
+
+@functools.cache
+def by_each_driver(name):
+    """Path -> (gradients, states) of the same run, all in one program: what they share is
+    compiled once.
+    """
+    rule, xs = RULES[name](), jax.random.normal(jax.random.key(0), (STEPS, 5, 4))
+    tx = balance(rule)
+    drivers = {
+        measure: balanced_value_and_grad(make_losses, rule, measure=measure) for measure in MEASURES
+    }
+
+    def step(states, x):
+        losses, grads = task_value_and_grad(make_losses)(TRUNK, x)
+        seen = {"stacked": tx.update(grads, states["stacked"], TRUNK, task_losses=losses)}
+        for measure, driver in drivers.items():
+            (_, grads), state = driver.value_and_grad(TRUNK, states[measure], x)
+            seen[measure] = grads, state
+        return {path: state for path, (_, state) in seen.items()}, seen
+
+    @jax.jit
+    def run(xs):
+        start = {path: driver.init(TRUNK) for path, driver in drivers.items()}
+        return jax.lax.scan(step, start | {"stacked": tx.init(TRUNK)}, xs)[1]
+
+    return run(xs)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
 @every_rule
 def test_balanced_gradients_are_those_of_balance(name, measure):
     """The other driver: the same states; under "lagged" the weights come one update later."""
-    rule, xs = RULES[name](), jax.random.normal(jax.random.key(0), (STEPS, 5, 4))
-    tx = balance(rule)
-    balanced = balanced_value_and_grad(make_losses, rule, measure=measure)
-
-    def stacked_step(state, x):
-        losses, grads = task_value_and_grad(make_losses)(TRUNK, x)
-        updates, state = tx.update(grads, state, TRUNK, task_losses=losses)
-        return state, (updates, state)
-
-    def step(state, x):
-        (_, grads), state = balanced.value_and_grad(TRUNK, state, x)
-        return state, (grads, state)
-
-    _, (expected_grads, expected) = jax.lax.scan(stacked_step, tx.init(TRUNK), xs)
-    _, (grads, states) = jax.lax.scan(step, balanced.init(TRUNK), xs)
+    rule, found = RULES[name](), by_each_driver(name)
+    (expected_grads, expected), (grads, states) = found["stacked"], found[measure]
     applied = expected.task_weights
     if measure == "lagged":
         applied = np.concatenate([[rule.initial_weights], expected.next_task_weights[:-1]])
@@ -201,27 +217,31 @@ def test_balanced_gradients_are_those_of_balance(name, measure):
     )
 
 
-class Variants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.named_parameters(*((name, name) for name in RULES))
-    def test_agree_and_are_deterministic(self, name):
-        """Update by update, jitted or not, the numbers are those of the scan; twice, to the bit."""
-        tx, grads = balance(RULES[name]()), gradients()
-        update = self.variant(functools.partial(tx.update, **EXTRA))
+@functools.cache
+def compiled_update(name):
+    return jax.jit(functools.partial(balance(RULES[name]()).update, **EXTRA))
 
-        def repeat():
-            state, seen = tx.init(PARAMS), []
-            for t in range(STEPS):
-                updates, state = update(at(grads, t), state, PARAMS)
-                seen.append((updates, state.task_weights))
-            return *jax.tree.map(lambda *each: jnp.stack(each), *seen), state
 
-        first = repeat()
-        chex.assert_trees_all_equal(first, repeat())
-        updates, *rest = compiled_run(name)(grads)
-        tolerance = rounding(RULES[name]())
-        assert_close(first[0], updates, rtol=tolerance["rtol"])
-        chex.assert_trees_all_close(list(first[1:]), rest, **tolerance)
+@pytest.mark.parametrize("jitted", [True, False])
+@every_rule
+def test_agree_and_are_deterministic(name, jitted):
+    """Update by update, jitted or not, the numbers are those of the scan; twice, to the bit."""
+    tx, grads = balance(RULES[name]()), gradients()
+    update = compiled_update(name) if jitted else functools.partial(tx.update, **EXTRA)
+
+    def repeat():
+        state, seen = tx.init(PARAMS), []
+        for t in range(STEPS):
+            updates, state = update(at(grads, t), state, PARAMS)
+            seen.append((updates, state.task_weights))
+        return *jax.tree.map(lambda *each: np.stack(each), *seen), state
+
+    first = repeat()
+    chex.assert_trees_all_equal(first, repeat())
+    updates, *rest = compiled_run(name)(grads)
+    tolerance = rounding(RULES[name]())
+    assert_close(first[0], updates, rtol=tolerance["rtol"])
+    chex.assert_trees_all_close(list(first[1:]), rest, **tolerance)
 
 
 @every_rule
@@ -279,15 +299,16 @@ def test_vmap_over_seeds_is_one_run_each(name):
 @every_rule
 def test_checkpoint_round_trip(name, tmp_path):
     """The state comes back from disk to the bit, and goes on as if it had never left."""
-    tx, grads = balance(RULES[name]()), gradients()
-    update = jax.jit(functools.partial(tx.update, **EXTRA))
+    tx, grads, update = balance(RULES[name]()), gradients(), compiled_update(name)
     _, state = update(at(grads, 0), tx.init(PARAMS), PARAMS)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
     chex.assert_trees_all_equal(restored, state)
-    chex.assert_trees_all_equal(*(update(at(grads, 1), s, PARAMS) for s in (restored, state)))
+    # By way of the host, so that both are laid out as the compiled program has it.
+    states = jax.tree.map(np.asarray, (restored, state))
+    chex.assert_trees_all_equal(*(update(at(grads, 1), s, PARAMS) for s in states))
 
 
 DROP = {"shared": exclude("head"), "nonfinite": "drop"}

@@ -59,6 +59,7 @@ def undisturbed(tmp_path_factory):
     return finish(folder / "run", 2, 100, folder / "log")
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_weights_and_those_of_one(undisturbed, tmp_path):
     first, second = undisturbed
     assert first == second
@@ -68,6 +69,7 @@ def test_two_processes_hold_the_same_weights_and_those_of_one(undisturbed, tmp_p
     assert first["task_weights"][1] > 0.9  # they did balance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_both_resume(undisturbed, tmp_path, killed):
     run = tmp_path / "run"

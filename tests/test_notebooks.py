@@ -101,6 +101,7 @@ def check_run(path, folder):
     assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(last.source)))
 
 
+@pytest.mark.slow
 @each
 def test_it_runs(path, tmp_path, monkeypatch):
     """Without the public data, as for a reader who has none."""
@@ -108,6 +109,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     check_run(path, tmp_path)
 
 
+@pytest.mark.slow
 def test_turbofan_runs_on_the_public_data():
     """Where it is; a copy of the test above where it is not."""
     check_run(FOLDER / "turbofan.ipynb", FOLDER)

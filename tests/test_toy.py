@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks import toy
 from gaba_jax.turbofan import compare
@@ -44,6 +45,7 @@ def test_overlays():
         assert set(split.labels.ravel()) == set(range(10))
 
 
+@pytest.mark.slow
 def test_quick(tmp_path, capsys):
     out, picture = tmp_path / "toy.json", tmp_path / "images" / "toy.png"
     toy.main(quick=True, out=out, picture=picture)

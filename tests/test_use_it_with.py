@@ -251,7 +251,14 @@ class TestManyTasks:
         errors = jnp.tanh(x @ params["backbone"]) @ params["heads"].T - y
         return jnp.mean(errors**2, axis=0)
 
-    @pytest.mark.parametrize("rule", ["gaba", "upgrad", "gradnorm"])
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            "gaba",
+            pytest.param("upgrad", marks=pytest.mark.slow),
+            pytest.param("gradnorm", marks=pytest.mark.slow),
+        ],
+    )
     def test_64_tasks_learn(self, rule):
         """Under rules on norms, on cosines and on losses, scales 100x apart."""
         x = jax.random.normal(jax.random.key(0), (32, 4))

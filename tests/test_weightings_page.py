@@ -104,7 +104,13 @@ def test_measured_tables():
     assert list(losses) == list(rules())
 
 
-@pytest.mark.parametrize("name", rules())
+SHORT = {"gaba", "upgrad", "famo"}  # on norms, cosines and losses; the others are slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in rules()],
+)
 def test_a_real_training_run(name):
     """The golden two-layer problem, 200 steps, as in the table."""
     expected = json.loads(weightings_page.RESULT.read_text())["losses"][name]

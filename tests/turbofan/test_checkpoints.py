@@ -30,6 +30,7 @@ from gaba_jax.turbofan.train import GabaOptions, TrainConfig, load_data, make_we
 from tests.runs import after, assert_same_run
 from tests.soak import SOAK
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 FIXTURE = pathlib.Path(__file__).parents[1] / "golden" / "checkpoint_0_1_0"
 TINY = TrainConfig(epochs=2, batch_size=4, gaba=GabaOptions(warmup_steps=1, beta=0.5))
 KILLS = 20 if SOAK else 5
@@ -158,7 +159,10 @@ def wait_for(condition, process):
     "changes",
     [
         {"weighting": "random", "gaba": GabaOptions()},
-        {"optimizer": "sgd", "learning_rate": 1e-4, "measure": "lagged", "nonfinite": "drop"},
+        pytest.param(
+            {"optimizer": "sgd", "learning_rate": 1e-4, "measure": "lagged", "nonfinite": "drop"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_chunks_and_a_resume_leave_the_numbers(changes, tmp_path):
@@ -369,6 +373,7 @@ def one_more_update(file, sharded):
     np.savez(file, **checkpoints._by_name(update(state, jax.tree.map(jnp.asarray, batch))))
 
 
+@pytest.mark.slow
 def test_restored_onto_eight_devices_it_trains_on_within_1e_6(tmp_path):
     one_more_update(tmp_path / "one.npz", sharded=False)
     program = "import sys; sys.path.insert(0, sys.argv[1]); import test_checkpoints as test\n"
@@ -383,6 +388,7 @@ def test_restored_onto_eight_devices_it_trains_on_within_1e_6(tmp_path):
             np.testing.assert_allclose(one[name], eight[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_loses_at_most_n_updates(alone, started, tmp_path):
     out = tmp_path / "run"
     folder = out / "checkpoints"
@@ -412,6 +418,7 @@ def test_killed_at_any_moment_it_loses_at_most_n_updates(alone, started, tmp_pat
     assert_same_folders(alone, out)
 
 
+@pytest.mark.slow
 def test_a_signal_is_served_at_the_end_of_a_chunk(alone, started, tmp_path):
     out = tmp_path / "run"
     folder = out / "checkpoints"
@@ -433,6 +440,7 @@ def test_a_signal_is_served_at_the_end_of_a_chunk(alone, started, tmp_path):
     assert_same_folders(alone, out)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(started, tmp_path):
     arguments = ["--stride", 1, "--batch-size", 2, "--checkpoint-every", 10**6]
     process = started("train", *arguments, "--out", tmp_path / "run")
@@ -445,6 +453,7 @@ def test_a_second_signal_ends_it_at_once(started, tmp_path):
     assert (process.returncode, errors) == (143, "")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_checkpoint_before_is_intact(alone, stopped, started, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)

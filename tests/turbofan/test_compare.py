@@ -10,6 +10,7 @@ from scipy import stats
 from gaba_jax.turbofan import compare, report
 from gaba_jax.turbofan.train import TrainConfig, load_data, train, train_seeds
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL = TrainConfig(epochs=1, stride=20)
 METHODS = ("uniform", "gaba:warmup_steps=0,beta=0.5", "inverse_norm")
 
@@ -50,6 +51,7 @@ class TestMethods:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_every_method_starts_from_the_same(self, finished):
         _, _, results = finished
         assert len(results) == 12
@@ -63,6 +65,7 @@ class TestRuns:
         scores = {(r["subset"], r["label"], r["seed"]): r["test"]["rmse"] for r in results}
         assert len(set(scores.values())) == 12
 
+    @pytest.mark.slow
     def test_a_seed_does_not_depend_on_the_others(self, finished):
         _, _, results = finished
         config = dataclasses.replace(SMALL, weighting="inverse_norm")
@@ -70,6 +73,7 @@ class TestRuns:
         kept = next(r for r in results if r["method"] == "inverse_norm" and r["seed"] == 0)
         assert kept["test"]["rmse"] == pytest.approx(alone["test"]["rmse"], rel=1e-4)
 
+    @pytest.mark.slow
     def test_what_is_there_is_not_run_again(self, finished, monkeypatch, tmp_path):
         cells, out, results = finished
         trained = []
@@ -89,6 +93,7 @@ class TestRuns:
         for a, b in zip(again, results, strict=True):
             assert a["test"] == pytest.approx(b["test"], rel=1e-4)
 
+    @pytest.mark.slow
     def test_a_stopped_cell_leaves_no_half_file(self, finished, tmp_path):
         cells, _, _ = finished
 
@@ -101,6 +106,7 @@ class TestRuns:
         assert len(list(tmp_path.rglob("seed*"))) == 2
         assert all(json.loads(file.read_text()) for file in tmp_path.rglob("seed*"))
 
+    @pytest.mark.slow
     def test_other_settings_need_another_folder(self, finished):
         _, out, _ = finished
         other = compare.cells(METHODS, ("FD001",), ("mse",), dataclasses.replace(SMALL, stride=30))
@@ -118,6 +124,7 @@ class TestRuns:
         assert "runs that diverged: uniform + amnl" in text
         report.write(results, tmp_path)
 
+    @pytest.mark.slow
     def test_an_infinite_score_is_left_out_of_means_and_picture(self, finished):
         """A NASA score beyond float64 is null in a run's file, and the run did not diverge."""
         runs = [dict(r) for r in finished[2] if r["subset"] == "FD001"]
@@ -134,6 +141,7 @@ class TestRuns:
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_files(self, finished, tmp_path):
         _, _, results = finished
         report.write(results, tmp_path)
@@ -149,6 +157,7 @@ class TestReport:
         for part in ("## FD002", "Friedman (seed means", "subset x seed", "Nemenyi", "Holm"):
             assert part in text
 
+    @pytest.mark.slow
     def test_one_subset_and_one_seed_say_what_they_need(self, finished):
         _, _, results = finished
         text = report.report([r for r in results if r["subset"] == "FD001" and r["seed"] == 0])

@@ -403,6 +403,7 @@ FLOODS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @FLOODS
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, name: str, piece: bytes) -> None:
     bomb = gzip.compress(piece * (2**26 // len(piece))) * 20  # 1.3 GB in 1.3 MB

@@ -380,6 +380,7 @@ def assert_same_aux(found, expected):
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.slow
 def test_exact_weights_and_gradient_are_those_of_the_stacked(model, stacked):
     arguments, ((aux, grads), state), of_tasks = stacked
     [((found, exact_grads), exact)] = updates(model, "exact", arguments, 1)
@@ -392,6 +393,7 @@ def test_exact_weights_and_gradient_are_those_of_the_stacked(model, stacked):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_lagged_takes_the_weights_of_the_update_before(model, stacked):
     arguments, ((aux, _), state), of_tasks = stacked
     assert abs(float(state.task_weights[0]) - 0.5) > 0.1
@@ -405,6 +407,7 @@ def test_lagged_takes_the_weights_of_the_update_before(model, stacked):
         assert_same_aux(found, aux)
 
 
+@pytest.mark.slow
 def test_encoder_sums_with_its_own_weights(model, stacked):
     arguments, ((aux, _), state), of_tasks = stacked
     [((found, grads), proxy)] = updates(model, "encoder", arguments, 1)

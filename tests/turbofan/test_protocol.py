@@ -17,7 +17,7 @@ from gaba_jax.turbofan.data import prepare
 from gaba_jax.turbofan.train import GabaOptions, TrainConfig, make_weighting, train
 from tests.runs import after, assert_same_run
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "compiled_once")
 PLAIN = TrainConfig(
     epochs=4, batch_size=16, learning_rate=5e-3, gaba=GabaOptions(warmup_steps=2, beta=0.9)
 )
@@ -42,23 +42,6 @@ def data():
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once():
-    """Runs of one configuration share their program, as they would share nothing else."""
-    programs = {}
-    make_program = training.make_program
-
-    def make_once(config, rule, shape, steps):
-        key = config, shape, steps
-        if key not in programs:
-            programs[key] = make_program(config, rule, shape, steps)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_program", make_once)
-        yield
-
-
 def first(tree):
     """Of the first seed."""
     return jax.tree.map(lambda leaf: leaf[0], tree)
@@ -66,7 +49,7 @@ def first(tree):
 
 def program_of(config, data):
     shape = data.train.windows.shape
-    return training.make_program(config, make_weighting(config), shape, STEPS)
+    return training.make_program(config, training.make_weighting(config), shape, STEPS)
 
 
 def orders_of(config, data, epoch):
@@ -325,6 +308,7 @@ def test_a_budget_is_positive(budget, data):
         train(data, PLAIN, budget=budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", ["the first", "after the best"])
 def test_resumed_within_an_epoch_it_is_the_same_run(epoch, data, whole, tmp_path):
     """Stopped after two updates of that epoch."""
@@ -376,6 +360,7 @@ def history(run, name):
     return np.concatenate([getattr(record, name) for record in run.records])
 
 
+@pytest.mark.slow
 def test_stacked_is_exact_within_rounding_and_encoder_another_run(data, plain):
     stacked, encoder = (
         train(data, dataclasses.replace(PLAIN, measure=measure))

@@ -13,6 +13,7 @@ from gaba_jax.turbofan.model import CompactModel
 from gaba_jax.turbofan.train import Rule, TrainConfig, load_data, make_weighting, train
 from tests.on_eight_devices import of_process
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL = TrainConfig(epochs=2, stride=10)
 
 
@@ -66,6 +67,7 @@ print(json.dumps([run.records[-1].task_norms.tolist() for run in runs]))
 """
 
 
+@pytest.mark.slow
 def test_named_sharing_equals_what_the_gradients_tell(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # to the last bit with XLA's own code
     automatic, named = of_process(tmp_path_factory, "sharing", "-c", NAMED)
