@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gaba_jax import balance, balanced_value_and_grad, exclude, task_value_and_grad, weighting
 from gaba_jax._state import hold, is_due
+from tests.slow import rest_slow
 
 K = 3
 RANDOM = np.random.default_rng(0)
@@ -507,6 +508,7 @@ class TestModels:
         dense = nnx.merge(graph, params, rest, copy=True).dense(X)
         np.testing.assert_allclose(mean, 0.01 * dense.mean(axis=0), rtol=1e-5)  # moved once
 
+    @pytest.mark.slow
     def test_recurrent(self):
         rnn = nnx.RNN(nnx.OptimizedLSTMCell(4, 16, rngs=nnx.Rngs(0)))
         graph, params, rest = nnx.split(rnn, nnx.Param, ...)
@@ -517,7 +519,7 @@ class TestModels:
 
         self.check(fn, params, jnp.asarray(RANDOM.normal(size=(6, 9, 4)), jnp.float32))
 
-    @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit])
+    @pytest.mark.parametrize("wrap", rest_slow([jax.checkpoint, jax.jit], fast=[jax.checkpoint]))
     def test_attention_in_checkpoint_and_jit(self, wrap):
         attention = nnx.MultiHeadAttention(2, 32, decode=False, rngs=nnx.Rngs(0))
         graph, params, rest = nnx.split(attention, nnx.Param, ...)

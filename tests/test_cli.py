@@ -99,6 +99,7 @@ def test_checkpoints_are_not_replaced_unasked_and_overwrite_removes_them(tmp_pat
     assert "without checkpoints. Name another --out, or pass --overwrite in place of --res" in said
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_cannot_be_written_is_not_called_complete(tmp_path, capsys):
     (tmp_path / "balance.png").mkdir()
     assert run("train", *SMALL, "--out", tmp_path) == 1
@@ -108,6 +109,7 @@ def test_a_finished_run_that_cannot_be_written_is_not_called_complete(tmp_path, 
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_update_stops_before_the_report(tmp_path, capsys, monkeypatch):
     @contextlib.contextmanager
     def late(noted):
@@ -224,6 +226,7 @@ def test_diagnose_prints_a_table_and_a_recommendation(capsys):
     assert float(rul) > 0
 
 
+@pytest.mark.slow
 def test_an_infinite_score_is_null_and_loses_nothing(tmp_path):
     config = TrainConfig(epochs=1, stride=10)
     data = load_data(config)

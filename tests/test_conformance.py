@@ -27,6 +27,7 @@ from gaba_jax import (
     weighting,
 )
 from tests.debugging import MODES
+from tests.slow import rest_slow
 
 K = 3
 STEPS = 4  # of which a warm-up takes one or two
@@ -60,7 +61,11 @@ def make_rules():
 
 
 RULES = make_rules()
-every_rule = pytest.mark.parametrize("name", RULES)
+# Rule by rule, so that the two processes do not compile the same.
+every_rule = pytest.mark.parametrize("name", RULES, scope="module")
+# By norms, averaged or not, by cosines and by losses, with states of their own and at random.
+KINDS = ["all_needs", "gaba", "gradnorm", "upgrad", "pcgrad", "famo", "random"]
+a_rule_of_each_kind = pytest.mark.parametrize("name", rest_slow(RULES, KINDS), scope="module")
 PARAMS = {"trunk": jnp.ones((4, 3)), "head": jnp.ones(3)}
 EXTRA = {"task_losses": jnp.array([3.0, 2.0, 1.0]), "anything": None}
 
@@ -167,42 +172,36 @@ def make_losses(params, x):
     return tuple(10.0 ** (2 - i) * jnp.mean((h @ params[f"head_{i}"] - 1) ** 2) for i in range(K))
 
 
-MEASURES = ["exact", "lagged"]
-
-
-@functools.cache
-def by_each_driver(name):
-    """Path -> (gradients, states) of the same run, all in one program: what they share is
-    compiled once.
-    """
+def by_both_drivers(name, measure):
+    """(gradients, states) of each, in one program: what they share is compiled once."""
     rule, xs = RULES[name](), jax.random.normal(jax.random.key(0), (STEPS, 5, 4))
-    tx = balance(rule)
-    drivers = {
-        measure: balanced_value_and_grad(make_losses, rule, measure=measure) for measure in MEASURES
-    }
+    tx, balanced = balance(rule), balanced_value_and_grad(make_losses, rule, measure=measure)
 
     def step(states, x):
         losses, grads = task_value_and_grad(make_losses)(TRUNK, x)
-        seen = {"stacked": tx.update(grads, states["stacked"], TRUNK, task_losses=losses)}
-        for measure, driver in drivers.items():
-            (_, grads), state = driver.value_and_grad(TRUNK, states[measure], x)
-            seen[measure] = grads, state
-        return {path: state for path, (_, state) in seen.items()}, seen
+        stacked = tx.update(grads, states[0], TRUNK, task_losses=losses)
+        (_, grads), state = balanced.value_and_grad(TRUNK, states[1], x)
+        return (stacked[1], state), (stacked, (grads, state))
 
     @jax.jit
     def run(xs):
-        start = {path: driver.init(TRUNK) for path, driver in drivers.items()}
-        return jax.lax.scan(step, start | {"stacked": tx.init(TRUNK)}, xs)[1]
+        return jax.lax.scan(step, (tx.init(TRUNK), balanced.init(TRUNK)), xs)[1]
 
     return run(xs)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-@every_rule
+BOTH = [(name, measure) for name in RULES for measure in ("exact", "lagged")]
+OFTEN = [pair for pair in BOTH if pair[1] == "exact" or pair[0] in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [pair if pair in OFTEN else pytest.param(*pair, marks=pytest.mark.slow) for pair in BOTH],
+)
 def test_balanced_gradients_are_those_of_balance(name, measure):
     """The other driver: the same states; under "lagged" the weights come one update later."""
-    rule, found = RULES[name](), by_each_driver(name)
-    (expected_grads, expected), (grads, states) = found["stacked"], found[measure]
+    rule = RULES[name]()
+    (expected_grads, expected), (grads, states) = by_both_drivers(name, measure)
     applied = expected.task_weights
     if measure == "lagged":
         applied = np.concatenate([[rule.initial_weights], expected.next_task_weights[:-1]])
@@ -279,7 +278,7 @@ def test_one_trace_over_a_thousand_donated_steps(name):
     chex.assert_trees_all_equal(*results[1:])
 
 
-@every_rule
+@a_rule_of_each_kind
 def test_vmap_over_seeds_is_one_run_each(name):
     scales = [1.0, 1e-25, 1e25, 1e-3]
     tolerance = rounding(RULES[name]())
@@ -348,7 +347,7 @@ def test_debugging_modes(name, mode):
             jax.jit(functools.partial(run, RULES[name]())).trace(gradients())
 
 
-@every_rule
+@a_rule_of_each_kind
 def test_float64_leaves(name):
     expected, _, narrow_state = compiled_run(name)(gradients())
     with jax.enable_x64(True):

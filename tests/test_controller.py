@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks import controller as study
 from gaba_jax import balance, controller, weighting
+from tests.slow import rest_slow
 
 KINDS = {
     "float64": (np.ndarray, lambda x: np.asarray(x, np.float64)),
@@ -176,7 +177,7 @@ def test_the_step_response_keeps_the_kind():
     np.testing.assert_allclose(jax.jit(response)(jnp.arange(3)), response(np.arange(3)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("floor", ["renormalize", "project"])
+@pytest.mark.parametrize("floor", rest_slow(["renormalize", "project"], fast=["project"]))
 @settings(max_examples=40)
 @given(norms=norms_of_tasks, part=st.floats(0, 1))
 def test_steady_state_is_where_the_loop_ends(floor, norms, part):
@@ -315,6 +316,7 @@ def test_a_jitted_simulation_traces_once():
     assert traces == 1
 
 
+@pytest.mark.slow
 def test_what_the_study_says_of_the_loops_is_so():
     """Recomputed here; its training runs take too long for a test."""
     result = json.loads(study.RESULT.read_text())

@@ -28,10 +28,12 @@ def test_it_measures_what_the_transform_measures(toy):
     batches = [(x[:8], y[:8]), (x[8:], y[8:])]
     found = diagnose(losses_fn, params, batches)
     tx = balance(weighting.upgrad(2))
+    update = jax.jit(tx.update)
+    jacobian = jax.jit(jax.jacrev(lambda p, *b: jnp.stack(jax.tree.leaves(losses_fn(p, *b)))))
     for n, batch in enumerate(batches):
         losses = losses_fn(params, *batch)
-        grads = jax.jacrev(lambda p, b=batch: jnp.stack(jax.tree.leaves(losses_fn(p, *b))))(params)
-        state = tx.update(grads, tx.init(params), params)[1]
+        grads = jacobian(params, *batch)
+        state = update(grads, tx.init(params), params)[1]
         np.testing.assert_allclose(found.norms[n], state.task_norms, rtol=1e-5)
         np.testing.assert_allclose(found.cosines[n], state.task_cosines, atol=1e-5)
         np.testing.assert_allclose(found.losses[n], jax.tree.leaves(losses), rtol=1e-5)
@@ -271,6 +273,7 @@ def test_errors(losses_fn, batches, options, message):
         diagnose(losses_fn, {"w": jnp.zeros(2)}, batches, **options)
 
 
+@pytest.mark.slow
 def test_the_turbofan_model_on_the_first_batches_of_its_run():
     config = TrainConfig(epochs=1, stride=20, weighting="uniform", optimizer="sgd", batch_size=64)
     data = load_data(config)

@@ -23,6 +23,7 @@ from gaba_jax import (
     weighting,
 )
 from tests.debugging import MODES
+from tests.slow import rest_slow
 from tests.soak import SOAK
 
 K = 2
@@ -74,7 +75,9 @@ def make_driver_afresh(name, losses_fn, rule, **options):
     return BalancedGradient(tx.init, value_and_grad)
 
 
-every_driver = pytest.mark.parametrize("name", ["balance", "exact", "lagged"])
+every_driver = pytest.mark.parametrize(
+    "name", rest_slow(["balance", "exact", "lagged"], fast=["exact"])
+)
 
 SKIP = optax.apply_if_finite(optax.adam(1e-2), STEPS)
 ADAM = optax.adam(1e-2)
@@ -143,7 +146,7 @@ def test_propagated_nonfinite_updates_are_as_if_they_had_not_been(name, value):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["balance", "lagged"])
+@pytest.mark.parametrize("name", rest_slow(["balance", "lagged"], fast=["balance"]))
 def test_dropped_nonfinite_tasks_are_as_if_they_were_absent(name, value):
     bad, train = choose_steps(STEPS // 10), make_run(make_driver(name))
     train_with_drop = make_run(make_driver(name, nonfinite="drop"))

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import performance
 from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
 from tests.on_eight_devices import of_process
+from tests.slow import rest_slow
 
 K, BATCH, PART, WIDE = 2, 512, 256, 1536  # wide enough beside the batch for norms from factors
 RULES = {"gaba": weighting.gaba, "inverse_norm": weighting.inverse_norm, "upgrad": weighting.upgrad}
@@ -87,7 +88,7 @@ def placed(tree, mesh, *spec):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", rest_slow(RULES, fast=["gaba"]))
 @pytest.mark.parametrize("path", ["stacked", *OPTIONS])
 def test_exports_for_tpu_and_cuda_without_a_call_out_of_the_program(path, rule):
     module = lower(*make_step(path, RULES[rule](K))).mlir_module()
@@ -100,7 +101,7 @@ def test_exports_for_tpu_and_cuda_without_a_call_out_of_the_program(path, rule):
     assert (f"tensor<{BATCH}x{BATCH}xf32>" in module) == factored
 
 
-AXES = [AxisType.Auto, AxisType.Explicit]
+AXES = rest_slow([AxisType.Auto, AxisType.Explicit], fast=[AxisType.Auto])
 
 
 @pytest.mark.parametrize("axes", AXES, ids=["auto", "explicit"])

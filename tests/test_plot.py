@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from gaba_jax import _drawing, plot
 from gaba_jax.turbofan import plots
+from tests.slow import rest_slow
 
 
 def drawn(figure):
@@ -80,7 +81,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(params=NAMES, ids="K={}".format)
+@pytest.fixture(params=rest_slow(NAMES, fast=[2, 9]), ids="K={}".format)
 def history(request):
     """(norms [T, K], weights [T, K], names) of 120 updates, some 500x apart."""
     num_tasks = request.param

@@ -141,13 +141,13 @@ def test_frameworks(model, shared):
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params)]
     assert [("backbone" in path) for path in paths] == list(selection.shared)
     # Found from the gradients, sharing is the same.
-    _, grads = task_value_and_grad(losses_fn)(params)
+    _, grads = jax.jit(task_value_and_grad(losses_fn))(params)
     named, automatic = (
         balance(weighting.inverse_share(2), shared=shared),
         balance(weighting.inverse_share(2)),
     )
-    _, by_name = named.update(grads, named.init(params), params)
-    _, by_gradient = automatic.update(grads, automatic.init(params), params)
+    _, by_name = jax.jit(named.update)(grads, named.init(params), params)
+    _, by_gradient = jax.jit(automatic.update)(grads, automatic.init(params), params)
     assert np.all(by_name.task_norms > 0)
     np.testing.assert_array_equal(by_name.task_norms, by_gradient.task_norms)
     np.testing.assert_array_equal(by_gradient.seen_by_task.all(axis=1), selection.shared)

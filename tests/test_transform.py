@@ -34,8 +34,8 @@ class TestUpdate:
     def test_is_the_gradient_of_the_weighted_loss(self, toy):
         losses_fn, params, batch = toy
         tx = gaba(beta=0.5, warmup_steps=0)
-        losses, grads = task_value_and_grad(losses_fn)(params, *batch)
-        updates, state = tx.update(grads, tx.init(params), params)
+        losses, grads = jax.jit(task_value_and_grad(losses_fn))(params, *batch)
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
 
         def weighted(params):
             losses = losses_fn(params, *batch)
@@ -308,9 +308,10 @@ class TestMask:
         losses, mask = jnp.array([1.0, 2.0, 1e-3]), jnp.array([True, True, False])
         three, two = (balance(getattr(weighting, name)(k)) for k in (3, 2))
         state, params = three.init(jnp.zeros(3)), jnp.zeros(3)
-        _, state = three.update(grads, state, params, task_losses=losses)
-        _, state = three.update(grads, state, params, task_losses=losses, task_mask=mask)
-        _, expected = two.update(grads[:2], two.init(params), params, task_losses=losses[:2])
+        of_three, of_two = jax.jit(three.update), jax.jit(two.update)
+        _, state = of_three(grads, state, params, task_losses=losses)
+        _, state = of_three(grads, state, params, task_losses=losses, task_mask=mask)
+        _, expected = of_two(grads[:2], two.init(params), params, task_losses=losses[:2])
         np.testing.assert_allclose(state.task_weights, [*expected.task_weights, 0], rtol=1e-5)
 
     def test_negative_weights_of_the_present_are_left_as_they_are(self):

@@ -19,6 +19,7 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
+from tests.slow import rest_slow
 
 
 def scan(tx, losses_fn, params, batch, steps=20):
@@ -251,14 +252,7 @@ class TestManyTasks:
         errors = jnp.tanh(x @ params["backbone"]) @ params["heads"].T - y
         return jnp.mean(errors**2, axis=0)
 
-    @pytest.mark.parametrize(
-        "rule",
-        [
-            "gaba",
-            pytest.param("upgrad", marks=pytest.mark.slow),
-            pytest.param("gradnorm", marks=pytest.mark.slow),
-        ],
-    )
+    @pytest.mark.parametrize("rule", rest_slow(["gaba", "upgrad", "gradnorm"], fast=["gaba"]))
     def test_64_tasks_learn(self, rule):
         """Under rules on norms, on cosines and on losses, scales 100x apart."""
         x = jax.random.normal(jax.random.key(0), (32, 4))

@@ -11,6 +11,7 @@ from benchmarks import weightings_page
 from gaba_jax import weighting
 from gaba_jax.turbofan.compare import rules
 from gaba_jax.weighting import TaskStats
+from tests.slow import rest_slow
 
 PAGE = weightings_page.PAGE.read_text()
 ROWS = {
@@ -104,13 +105,8 @@ def test_measured_tables():
     assert list(losses) == list(rules())
 
 
-SHORT = {"gaba", "upgrad", "famo"}  # on norms, cosines and losses; the others are slow
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in rules()],
-)
+# Of the rules on norms, on cosines and on losses.
+@pytest.mark.parametrize("name", rest_slow(rules(), fast=["gaba", "upgrad", "famo"]))
 def test_a_real_training_run(name):
     """The golden two-layer problem, 200 steps, as in the table."""
     expected = json.loads(weightings_page.RESULT.read_text())["losses"][name]

@@ -16,6 +16,7 @@ from gaba_jax.turbofan._lstm import BidirectionalLSTM
 from gaba_jax.turbofan.config import TrainConfig
 from gaba_jax.turbofan.data import Split, health_from_rul
 from gaba_jax.turbofan.model import CompactModel, Frontend, FullModel, LastStepAttention
+from tests.slow import rest_slow
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BATCH, WINDOW, CHANNELS = 8, 12, 17
@@ -141,7 +142,7 @@ def plain_lstm(layer, x):
     return jnp.concatenate([one_way(layer.forward, x), backward], axis=-1)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", rest_slow([False, True], fast=[True]))
 def test_lstm_is_the_plain_recurrence(wide):
     """Values, and the gradients that are written out: of x, W, U and b, both directions."""
     with jax.enable_x64(wide):
@@ -292,6 +293,7 @@ def evaluate(model):
     return evaluate
 
 
+@pytest.mark.slow
 def test_the_predicted_rul_is_never_negative_and_not_dead(evaluate):
     x = 5 * normal(3, BATCH, WINDOW, CHANNELS)
     for seed in range(4):

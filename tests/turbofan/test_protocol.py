@@ -141,6 +141,7 @@ def test_plateau_halves_the_scale(patience, errors, scales, data):
     assert found == scales
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_changes_nothing_is_halved_each_epoch(data, tmp_path):
     config = dataclasses.replace(
         PLAIN, schedule="plateau", plateau_patience=1, learning_rate=1e-12, weight_decay=0.0
@@ -151,6 +152,7 @@ def test_a_learning_rate_that_changes_nothing_is_halved_each_epoch(data, tmp_pat
     assert restore(tmp_path, target)["plateau"].scale == 0.125
 
 
+@pytest.mark.slow
 def test_updates_scale_with_the_plateau(data):
     """An update from the same state, with the scale at 1 and after a stall at 0.5."""
     program = program_of(EVERYTHING, data)
@@ -270,6 +272,7 @@ def a_minute_each(monkeypatch):
     monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("a_minute_each")
 @pytest.mark.parametrize(
     ("minutes", "epochs", "ended"),

@@ -108,6 +108,7 @@ def test_past_the_bound_two_tasks_oscillate(kp):
     assert np.ptp(weights[-10:, 0] * 500 / weights[-10:, 1]) > 0.1
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(norms=ratio_of_500, part=st.floats(0.01, 1), kp=st.floats(0, 1.5))
 def test_the_floor_holds_exactly_and_the_others_are_equal(norms, part, kp):
