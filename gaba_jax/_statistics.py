@@ -74,16 +74,8 @@ class Leaf(Protocol):
         """The tasks, in the order of the leading axis of all else."""
         ...
 
-    def look(self, with_cosines: bool) -> Look:
-        """Norms at the least cost; cosines too if they come with them."""
-        ...
-
-    def look_again(self, look: Look) -> Look:
-        """Norms where the first look was in doubt."""
-        ...
-
     def cosines(self, norms: Array) -> Array:
-        """Where the looks brought none."""
+        """[tasks, tasks], from their norms."""
         ...
 
     def combine(self, factors: Array, usable: Array | None) -> Array:
@@ -94,35 +86,24 @@ class Leaf(Protocol):
 class Whole(NamedTuple):
     """A leaf whose gradients are there, [tasks, ...].
 
-    ``together`` is how many such leaves are measured at once: where they are few, slice by slice.
-    XLA folds a slice of a stack, which is then never built where the gradients come from the same
-    program.
+    ``slices`` are those of the array, where few enough are measured together. They are made outside
+    of any loop: XLA folds a slice of a stack, which is then never built where the gradients come
+    from the same program.
     """
 
     array: Array
     tasks: tuple[int, ...]
-    together: int = _MOST_SLICES + 1
+    slices: tuple[Array, ...] = ()
+    pairwise: bool = False
 
-    def _sums(self, scale: Array) -> Array:
-        constants = lax.stop_gradient(self.array)
-        if len(constants) * self.together <= _MOST_SLICES:
-            each = [sum_of_squares(constants[i], s) for i, s in enumerate(scale)]
+    def sums(self, scale: Array) -> Array:
+        """The sums of squares of the gradients, each times its scale."""
+        if self.slices:
+            each = [sum_of_squares(slice_, s) for slice_, s in zip(self.slices, scale, strict=True)]
             return jnp.stack(each).astype(jnp.float32)
         # float64 sums come back to float32 before the root: their scaled square fits there too.
-        return jax.vmap(sum_of_squares)(constants, scale).astype(jnp.float32)
-
-    def look(self, with_cosines: bool) -> Look:
-        """Norms at the usual scale."""
-        del with_cosines
-        # Behind a barrier, or XLA would pull the constant out of the square.
-        scale = lax.optimization_barrier(jnp.full(len(self.array), _USUAL_SCALE, jnp.float32))
-        norms = jnp.sqrt(self._sums(scale)) / scale
-        return Look(norms, None, _scale_for(norms) != _USUAL_SCALE)
-
-    def look_again(self, look: Look) -> Look:
-        """Norms at the scale that the first look found."""
-        scale = _scale_for(look.norms)
-        return look._replace(norms=jnp.sqrt(self._sums(scale)) / scale)
+        sums = jax.vmap(sum_of_squares)(lax.stop_gradient(self.array), scale)
+        return sums.astype(jnp.float32)
 
     def cosines(self, norms: Array) -> Array:
         """From unit gradients, so that every product is below 1, whatever the scale of a task."""
@@ -131,7 +112,7 @@ class Whole(NamedTuple):
         usable = (norms > 0) & jnp.isfinite(norms)
         unit = jnp.where(usable, 1 / jnp.where(usable, norms, 1), 0).astype(accumulator(leaf))
         pairs = list(itertools.combinations(range(k), 2))
-        if pairs and len(pairs) * self.together <= _MOST_SLICES:
+        if pairs and self.pairwise:
             scaled = [leaf[i] * unit[i] for i in range(k)]
             dots = [jnp.sum((scaled[i].conj() * scaled[j]).real) for i, j in pairs]
             above = jnp.zeros([k, k], unit.dtype)
@@ -157,17 +138,16 @@ def measure(
 ) -> Measurement:
     """Norms, and cosines if they are needed, of the leaves that are wanted."""
     chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf.tasks]
-    # As constants: weights are not differentiated.
-    looks = [lax.stop_gradient(leaf.look(with_cosines)) for leaf in chosen]
-
-    def again(loop: tuple[Array, list[Look]]) -> tuple[Array, list[Look]]:
-        pairs = zip(chosen, loop[1], strict=True)
-        return jnp.array(False), [lax.stop_gradient(leaf.look_again(look)) for leaf, look in pairs]
-
-    if looks:
-        # A while loop, which runs not at all or once: under vmap a cond would run always.
-        doubt = jnp.any(jnp.concatenate([look.doubt for look in looks]))
-        _, looks = lax.while_loop(lambda loop: loop[0], again, (doubt, looks))
+    whole = [leaf for leaf in chosen if isinstance(leaf, Whole)]
+    kept = [leaf for leaf in chosen if not isinstance(leaf, Whole)]
+    looked_at = iter(_looks(kept, with_cosines))
+    norms_of_whole = iter(_safe_norms(whole))
+    looks = [
+        Look(next(norms_of_whole), None, jnp.array(False))
+        if isinstance(leaf, Whole)
+        else next(looked_at)
+        for leaf in chosen
+    ]
     norms = [jnp.zeros([num_tasks], jnp.float32)] * len(leaves)
     cosines = [jnp.eye(num_tasks, dtype=jnp.float32)] * len(leaves)
     places = [i for i, want in enumerate(wanted) if want and leaves[i].tasks]
@@ -181,6 +161,47 @@ def measure(
     return Measurement(jnp.array(norms), jnp.array(cosines) if with_cosines else None)
 
 
+def _looks(leaves: Sequence[Any], with_cosines: bool) -> list[Look]:
+    """What the factors tell, and where that may not suffice the gradients themselves."""
+    # As constants: weights are not differentiated.
+    looks = [lax.stop_gradient(leaf.look(with_cosines)) for leaf in leaves]
+    if not looks:
+        return looks
+
+    def again(loop: tuple[Array, list[Look]]) -> tuple[Array, list[Look]]:
+        pairs = zip(leaves, loop[1], strict=True)
+        return jnp.array(False), [lax.stop_gradient(leaf.look_again(look)) for leaf, look in pairs]
+
+    # A while loop, which runs not at all or once: under vmap a cond would run always.
+    doubt = jnp.any(jnp.concatenate([look.doubt for look in looks]))
+    return lax.while_loop(lambda loop: loop[0], again, (doubt, looks))[1]
+
+
+def _safe_norms(leaves: Sequence[Whole]) -> list[Array]:
+    """Norms from sums of squares, taken once more where one left the range of the first scale."""
+
+    # One compiled copy, run once or twice. The scale is loop-carried, so XLA cannot pull it out of
+    # the square.
+    def unfinished(loop: tuple[list[Array], list[Array], Array]) -> Array:
+        scales, _, runs = loop
+        again = jnp.any(jnp.concatenate(scales) != _USUAL_SCALE)
+        return (runs == 0) | ((runs == 1) & again)
+
+    def measured(loop: tuple[list[Array], list[Array], Array]) -> Any:
+        scales, _, runs = loop
+        norms = [jnp.sqrt(leaf.sums(s)) / s for leaf, s in zip(leaves, scales, strict=True)]
+        scales = [
+            jnp.where(runs == 0, _scale_for(n), s) for n, s in zip(norms, scales, strict=True)
+        ]
+        return scales, norms, runs + 1
+
+    if not leaves:
+        return []
+    scales = [jnp.full(len(leaf.tasks), _USUAL_SCALE, jnp.float32) for leaf in leaves]
+    norms = [jnp.zeros_like(scale) for scale in scales]
+    return lax.while_loop(unfinished, measured, (scales, norms, jnp.zeros([], jnp.int32)))[1]
+
+
 def _spread(of_some: Array, tasks: tuple[int, ...], others: Array) -> Array:
     """What is known of some tasks, among the others."""
     if tasks == tuple(range(len(others))):
@@ -190,7 +211,15 @@ def _spread(of_some: Array, tasks: tuple[int, ...], others: Array) -> Array:
 
 def whole_leaves(leaves: Sequence[Array]) -> list[Whole]:
     """Gradients [K, ...] that are there."""
-    return [Whole(leaf, tuple(range(len(leaf))), len(leaves)) for leaf in leaves]
+
+    def made(leaf: Array) -> Whole:
+        k = len(leaf)
+        slices = tuple(lax.stop_gradient(leaf)[i] for i in range(k))
+        few = k * len(leaves) <= _MOST_SLICES
+        pairwise = k * (k - 1) // 2 * len(leaves) <= _MOST_SLICES
+        return Whole(leaf, tuple(range(k)), slices if few else (), pairwise)
+
+    return list(map(made, leaves))
 
 
 # Jitted, or every eager call would compile anew; inlined, or XLA would build the stack for it.
