@@ -146,7 +146,7 @@ def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devi
     stacked = K * trunk + K * head + losses  # a head has the gradient of one task
     reduced = {path: tuple(row["all-reduce"].values()) for path, row in found.items()}
     # With the norms of the features' gradients, and again in the loop for those that are in doubt.
-    assert reduced.pop("encoder") == (3, gradient + 3 * losses)
+    assert reduced.pop("encoder") == (1, gradient + losses)
     assert reduced == {
         "plain": (1, gradient + losses),
         "stacked": (1, stacked),
@@ -168,8 +168,9 @@ def test_eight_devices_take_the_steps_of_one(on_eight_devices, path):
 def test_the_stored_paths_gather_sharded_kernels_as_often_as_a_plain_step(num_tasks):
     paths = performance.read("lowering")["compiled"][num_tasks]["fsdp"]
     assert paths["plain"]["all-gather"]["executions"] > 0
-    for row in paths.values():
-        assert row["all-gather"] == paths["plain"]["all-gather"]
+    for path, row in paths.items():
+        if not path.startswith("exact"):  # which gathers factors too
+            assert row["all-gather"] == paths["plain"]["all-gather"]
         assert not {"all-to-all", "collective-permute", "reduce-scatter"} & set(row)
     for path in ("exact", "exact, cosines"):
         assert paths[path]["bytes"] <= paths["stacked"]["bytes"]
