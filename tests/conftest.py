@@ -18,7 +18,9 @@ import pytest
 # Compiling takes most of the time of the tests; XLA's quicker code generation saves half of it.
 # With XLA_FLAGS set, be it to "", they run as users do: .ci/run does, with the oldest versions.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
 )
 
 # The shapes in the annotations of the dense helpers hold in every test.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gaba_jax import balance, balanced_value_and_grad, exclude, task_value_and_grad, weighting
 from gaba_jax._state import hold, is_due
-from tests.slow import rest_slow
+from tests.slow import rest_slow, rest_slow_of_several
 
 K = 3
 RANDOM = np.random.default_rng(0)
@@ -134,11 +134,10 @@ def driver(name, every, debias, floor):
 
 @pytest.mark.parametrize(
     "static",
-    [
-        (3, True, "renormalize"),
-        pytest.param((1, False, "renormalize"), marks=pytest.mark.slow),
-        pytest.param((3, False, "project"), marks=pytest.mark.slow),
-    ],
+    rest_slow(
+        [(1, False, "renormalize"), (3, False, "project"), (3, True, "renormalize")],
+        fast=[(3, True, "renormalize")],
+    ),
 )
 @given(schedule=schedules())
 def test_stacked_exact_and_lagged_agree(schedule, static):
@@ -210,10 +209,7 @@ EACH_ONCE = [({}, HEADS), ({}, OF_BIAS), ({"microbatch_size": 4}, {})]
 
 @pytest.mark.parametrize(
     ("options", "selection"),
-    [
-        pair if pair in EACH_ONCE else pytest.param(*pair, marks=pytest.mark.slow)
-        for pair in itertools.product(COMBINED, [{}, HEADS, OF_BIAS])
-    ],
+    rest_slow_of_several(itertools.product(COMBINED, [{}, HEADS, OF_BIAS]), fast=EACH_ONCE),
 )
 def test_200_steps_of_training_are_those_of_balance(options, selection):
     expected = stacked_training(GABA, **selection)
@@ -325,7 +321,11 @@ class TestEncoder:
 
 class TestMicrobatches:
     @pytest.mark.parametrize(
-        "options", [{}, {"measure": "lagged"}, {"encoder": encoder}, {"every": 2}, HEADS]
+        "options",
+        rest_slow(
+            [{}, {"measure": "lagged"}, {"encoder": encoder}, {"every": 2}, HEADS],
+            fast=[{}, {"encoder": encoder}],
+        ),
     )
     def test_are_the_full_batch(self, options):
         fn = heads_fn if "encoder" in options else losses_fn
@@ -429,7 +429,10 @@ def test_norms_at_any_scale(scale, options):
 
 @pytest.mark.parametrize(
     ("options", "bound"),
-    [({}, 1.7), ({"every": 10}, 1.7), ({"measure": "lagged"}, 2.1)],
+    rest_slow_of_several(
+        [({}, 1.7), ({"every": 10}, 1.7), ({"measure": "lagged"}, 2.1)],
+        fast=[({}, 1.7), ({"measure": "lagged"}, 2.1)],
+    ),
 )
 def test_memory_of_one_gradient(options, bound):
     """Eight tasks, and XLA allocates little more than for a step with fixed weights."""
@@ -571,7 +574,7 @@ class TestModels:
 
 
 @pytest.mark.parametrize("needs", [{"cosines"}, {"losses"}, {"norms", "cosines", "losses"}])
-@pytest.mark.parametrize("measure", ["exact", "lagged"])
+@pytest.mark.parametrize("measure", rest_slow(["exact", "lagged"], fast=["exact"]))
 def test_whatever_the_weighting_needs(needs, measure):
     """Rules see the same numbers, whichever path they come by."""
 

@@ -167,6 +167,7 @@ def read_events(folder):
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_every_update_and_every_epoch(tmp_path):
     out = tmp_path / "run"
     arguments = ["train", *SMALL, "--warmup-steps", 0, "--out", out, "--tensorboard"]

@@ -27,7 +27,7 @@ from gaba_jax import (
     weighting,
 )
 from tests.debugging import MODES
-from tests.slow import rest_slow
+from tests.slow import rest_slow, rest_slow_of_several
 
 K = 3
 STEPS = 4  # of which a warm-up takes one or two
@@ -196,7 +196,7 @@ OFTEN = [pair for pair in BOTH if pair[1] == "exact" or pair[0] in KINDS]
 
 @pytest.mark.parametrize(
     ("name", "measure"),
-    [pair if pair in OFTEN else pytest.param(*pair, marks=pytest.mark.slow) for pair in BOTH],
+    rest_slow_of_several(BOTH, fast=OFTEN),
 )
 def test_balanced_gradients_are_those_of_balance(name, measure):
     """The other driver: the same states; under "lagged" the weights come one update later."""

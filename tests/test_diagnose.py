@@ -12,6 +12,7 @@ import gaba_jax
 from gaba_jax import balance, diagnose, exclude, only, weighting
 from gaba_jax.turbofan import diagnosis
 from gaba_jax.turbofan.train import TrainConfig, load_data, train
+from tests.slow import rest_slow
 
 
 def linear(*directions):
@@ -219,7 +220,7 @@ def test_batches_with_a_nan_are_left_out_and_a_broken_task_is_named(toy):
         diagnose(losses_fn, params, [broken, broken])
 
 
-@pytest.mark.parametrize("num_tasks", [2, 10])
+@pytest.mark.parametrize("num_tasks", rest_slow([2, 10], fast=[10]))
 def test_the_table_fits_80_columns(num_tasks):
     names = [f"a_task_with_quite_a_long_name_{i:02}" for i in range(num_tasks)]
     params = {f"block_{'x' * 50}_{i}": {"kernel": jnp.ones((3, 2, 100))} for i in range(2)}

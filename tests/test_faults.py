@@ -349,6 +349,7 @@ def test_debugging_modes(name, mode):
         make_run(driver, tx)(ONES[:50], XS[:50])
 
 
+@pytest.mark.slow
 def test_warnings_as_errors():
     """From the first import on, in a process of its own."""
     program = """

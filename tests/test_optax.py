@@ -18,6 +18,7 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
+from tests.slow import rest_slow
 
 STEPS = 5
 PARAMS = {"backbone": jnp.ones((3, 2)), "head": jnp.ones(2)}
@@ -63,7 +64,9 @@ AFTER = {
 }
 
 
-@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize(
+    "name", rest_slow(AFTER, fast=["adamw", "partition", "multi_steps", "sam"])
+)
 def test_before_another_transform(name):
     """In a chain the next transform sees one balanced gradient of the parameters' shapes."""
     first, grads = gaba(warmup_steps=2, beta=0.5), stacked()
@@ -208,6 +211,7 @@ def test_inside_lookahead(toy, by_hand):
     chex.assert_trees_all_close((actual.fast, actual.slow), (fast, slow), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset_state", [True, False])
 def test_a_reset_of_lookahead_starts_the_average_anew(toy, reset_state):
     losses_fn, params, batch = toy
@@ -260,6 +264,7 @@ def test_inside_opaque_sam(toy, by_hand):
     np.testing.assert_array_equal(state.adv_state[0].since_measured, 1)  # it was kept
 
 
+@pytest.mark.slow
 def test_in_the_alternating_mode_of_sam_states_lose_their_dtype(toy):
     """It blends states by multiplying them with 0 and 1, so gaba goes before it."""
     losses_fn, params, batch = toy
@@ -270,6 +275,7 @@ def test_in_the_alternating_mode_of_sam_states_lose_their_dtype(toy):
     assert tx.init(params).opt_state[0].seen_by_task.dtype == bool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset_state", [True, False])
 def test_the_average_in_an_adversary_needs_its_state(toy, reset_state):
     losses_fn, params, batch = toy

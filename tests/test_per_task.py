@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gaba_jax import balance, gaba, per_task, task_value_and_grad, weighting
+from tests.slow import rest_slow
 
 K = 3
 PARAMS = {"w": jnp.ones((4, 2)), "b": -jnp.ones(2), "frozen": None}
@@ -26,7 +27,9 @@ TRANSFORMS = {
     "apply_if_finite": optax.apply_if_finite(optax.ema(0.9), 5),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.ema(0.5), True)),
 }
-every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+every_transform = pytest.mark.parametrize(
+    "name", rest_slow(TRANSFORMS, fast=["clip_by_global_norm", "adamw", "schedule", "chain"])
+)
 
 
 def gradients(steps=4):

@@ -232,6 +232,7 @@ def test_the_style_of_the_caller_stays_and_does_not_matter():
         assert matplotlib.rcParams["font.size"] == 30
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_needed():
     code = (
         "import sys, numpy as np; from gaba_jax import plot;"
@@ -288,7 +289,7 @@ def test_zero_norms_leave_gaps():
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [np.nan, 2, np.nan])
 
 
-@pytest.mark.parametrize("silent", [[0, 1], [1]], ids=["all", "one"])
+@pytest.mark.parametrize("silent", rest_slow([[0, 1], [1]], fast=[[1]]), ids=["all", "one"])
 def test_tasks_without_a_gradient(silent):
     norms = np.ones((100, 2))
     norms[:, silent] = 0  # as a rule that measures nothing records it

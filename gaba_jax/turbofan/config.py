@@ -82,7 +82,7 @@ class TrainConfig:
     weight_task_specific: bool = True
     """weight the gradients of the heads too (off needs --shared)"""
     nonfinite: Literal["propagate", "drop"] = "propagate"
-    """what becomes of a NaN or Inf in one task's gradient ("drop": stacked or lagged)"""
+    """what becomes of a NaN or Inf in one task's gradient ("drop" leaves the task out)"""
     measure: Literal["exact", "stacked", "lagged", "encoder"] = "exact"
     """exact norms in the memory of one gradient or, faster, of both; those of the update before;
     or those on the shared features, at the cost of a plain step"""

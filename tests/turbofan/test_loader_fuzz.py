@@ -342,6 +342,7 @@ def prepared(fleet: data.Fleet) -> str:
     return "read, not prepared"
 
 
+@pytest.mark.slow
 def test_a_mutated_file_is_read_to_its_numbers_or_refused_by_line() -> None:
     outcomes: Counter[str] = Counter()
 

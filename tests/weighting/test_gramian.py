@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gaba_jax import weighting
 from gaba_jax.weighting import TaskStats
 from gaba_jax.weighting._solvers import eigen
+from tests.slow import rest_slow
 
 # Golden array -> rule; what an exact solver gave, and what an iterative one did.
 EXACT = {
@@ -198,7 +199,7 @@ def gains(weights, jacobian):
     return unit @ (contributions @ unit) / np.sum(np.abs(contributions))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", rest_slow(RULES, fast=["aligned_mtl", "mgda", "pcgrad"]))
 @given(jacobian=jacobians())
 def test_finite_and_equivariant(name, jacobian):
     weights, state = solve(name, jacobian)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gaba_jax import weighting
 from gaba_jax.weighting import TaskStats
+from tests.slow import rest_slow
 
 
 def test_published_first_steps(weigh):
@@ -169,7 +170,7 @@ def runs(draw):
     )
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", rest_slow([False, True], fast=[True]))
 @pytest.mark.parametrize("floor", ["renormalize", "project"])
 @settings(max_examples=80)
 @given(run=runs())
