@@ -5,6 +5,7 @@ A rule is known by its first parameter, so a new one in `weighting.__all__` is t
 
 import functools
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -191,7 +192,7 @@ def by_both_drivers(name, measure):
 
 
 BOTH = [(name, measure) for name in RULES for measure in ("exact", "lagged")]
-OFTEN = [pair for pair in BOTH if pair[1] == "exact" or pair[0] in KINDS]
+OFTEN = [*((name, "exact") for name in KINDS), ("gaba", "lagged"), ("famo", "lagged")]
 
 
 @pytest.mark.parametrize(
@@ -221,8 +222,13 @@ def compiled_update(name):
     return jax.jit(functools.partial(balance(RULES[name]()).update, **EXTRA))
 
 
-@pytest.mark.parametrize("jitted", [True, False])
-@every_rule
+EACH = list(itertools.product(RULES, [True, False]))
+
+
+@pytest.mark.parametrize(
+    ("name", "jitted"),
+    rest_slow_of_several(EACH, fast=[pair for pair in EACH if pair[0] in KINDS or pair[1]]),
+)
 def test_agree_and_are_deterministic(name, jitted):
     """Update by update, jitted or not, the numbers are those of the scan; twice, to the bit."""
     tx, grads = balance(RULES[name]()), gradients()
@@ -243,7 +249,7 @@ def test_agree_and_are_deterministic(name, jitted):
     chex.assert_trees_all_close(list(first[1:]), rest, **tolerance)
 
 
-@every_rule
+@a_rule_of_each_kind
 def test_one_trace_over_a_thousand_donated_steps(name):
     """And what is donated takes nothing else with it: not the rule's buffers, nor another state."""
     tx = optax.chain(balance(RULES[name]()), optax.sgd(1e-3, momentum=0.9))
@@ -295,7 +301,7 @@ def test_vmap_over_seeds_is_one_run_each(name):
         assert expected[-1].nonfinite_count == 0
 
 
-@every_rule
+@a_rule_of_each_kind
 def test_checkpoint_round_trip(name, tmp_path):
     """The state comes back from disk to the bit, and goes on as if it had never left."""
     tx, grads, update = balance(RULES[name]()), gradients(), compiled_update(name)
@@ -313,7 +319,13 @@ def test_checkpoint_round_trip(name, tmp_path):
 DROP = {"shared": exclude("head"), "nonfinite": "drop"}
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in RULES), ("gaba", DROP)])
+ON_LEAVES = [*((name, {}) for name in RULES), ("gaba", DROP)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    rest_slow_of_several(ON_LEAVES, fast=[each for each in ON_LEAVES if each[0] in KINDS]),
+)
 def test_leaves_of_all_kinds(name, options):
     params = {
         "bfloat16": jnp.ones((2, 3), jnp.bfloat16),
@@ -336,8 +348,15 @@ def test_leaves_of_all_kinds(name, options):
         np.testing.assert_allclose(updates[dtype].astype(jnp.float32), expected, rtol=precision)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@every_rule
+IN_MODES = list(itertools.product(RULES, MODES))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    rest_slow_of_several(
+        IN_MODES, fast=[each for each in IN_MODES if each[0] in KINDS or "runtime_checks" in each]
+    ),
+)
 def test_debugging_modes(name, mode):
     tx, grads = balance(RULES[name]()), at(gradients(), 0)
     with MODES[mode]():

@@ -95,7 +95,7 @@ def test_the_kind_that_came_goes_out_and_other_axes_stay(name, kind, convert):
     np.testing.assert_allclose(result[1], 0 if name == "error" else 1 / 3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PER_TASK)
+@pytest.mark.parametrize("name", rest_slow(PER_TASK, fast=["share", "saturation"]))
 def test_under_jit_vmap_and_grad(name):
     function = getattr(controller, name)
     batch = jnp.array([[1.0, 2.0, 7.0], [300.0, 1.0, 0.2]])
@@ -177,6 +177,7 @@ def test_the_step_response_keeps_the_kind():
     np.testing.assert_allclose(jax.jit(response)(jnp.arange(3)), response(np.arange(3)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", rest_slow(["renormalize", "project"], fast=["project"]))
 @settings(max_examples=40)
 @given(norms=norms_of_tasks, part=st.floats(0, 1))

@@ -1,6 +1,7 @@
 """The backward pass cut where it is narrowest: the numbers of stacked gradients, in any model."""
 
 import functools
+import itertools
 import math
 
 import chex
@@ -24,6 +25,7 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
+from tests.slow import rest_slow_of_several
 
 # Rules that read norms, and cosines too.
 RULES = {"norms": weighting.inverse_norm}
@@ -349,11 +351,11 @@ def other_operations():
 # Beside each model the rules that take part in a quick run; both do in a slow one.
 MODELS = {
     "mlp": (mlp, "cosines"),
-    "of one task": (one_task, "cosines"),
+    "of one task": (one_task, None),
     "of 2 tasks": (functools.partial(mlp, 2), None),
     "of 5 tasks": (functools.partial(mlp, 5), "norms"),
     "of 9 tasks": (functools.partial(mlp, 9), None),
-    "losses in one array": (stacked_losses, "norms"),
+    "losses in one array": (stacked_losses, None),
     "9 losses in one array": (many_stacked_losses, None),
     "losses in a list": (functools.partial(mlp, container=list), None),
     "transformer": (transformer, "norms"),
@@ -415,12 +417,12 @@ OPTIONS = {
     "one present": ({"mask": jnp.array([False, True, False])}, None),
     "none present": ({"mask": jnp.zeros(3, bool)}, None),
     "drop": (DROP, None),
-    "drop, mask": (DROP | MASK, "cosines"),
+    "drop, mask": (DROP | MASK, None),
     "shared": (HEADS, None),
     "plain heads": (PLAIN_HEADS, None),
     "plain heads, mask": (PLAIN_HEADS | MASK, "cosines"),
     "plain heads, drop": (PLAIN_HEADS | DROP, None),
-    "last layer": (LAST, "norms"),
+    "last layer": (LAST, None),
     "last layer, drop": (LAST | DROP, None),
     "a vector": ({"measure_on": only("b1")}, None),
 }
@@ -445,22 +447,11 @@ NAN = {
     "loaders": shared_by_all_loaders,
     "towers": towers,
 }
-SLOW_NAN = [
-    ("loaders", "mask"),
-    ("pairs", "mask"),
-    ("checkpoint of the losses", "mask"),
-    ("towers", "mask"),
-]
+EACH_NAN = list(itertools.product(NAN, ["drop", "mask"]))
+OFTEN = [("checkpoint of the losses", "drop"), ("towers", "drop"), ("trunk", "mask")]
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        *((name, "drop") for name in NAN),
-        ("trunk", "mask"),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_NAN),
-    ],
-)
+@pytest.mark.parametrize(("name", "how"), rest_slow_of_several(EACH_NAN, fast=OFTEN))
 def test_a_nan_in_one_task_does_not_reach_the_others(name, how):
     fn, params, args, num_tasks, _ = NAN[name]()
     if name in ("trunk", "checkpoint of the losses"):
@@ -572,6 +563,7 @@ def test_a_gradient_that_is_clipped_inside_the_model(make, container):
         assert_close(grads, expected)
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds():
     fn, params, args, num_tasks, _ = mlp(2)
     params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
@@ -590,6 +582,7 @@ def test_vmap_over_seeds():
     assert_close(found_grads, grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", QUICK_COSINES)
 def test_float64(rule):
     with jax.enable_x64(True):
@@ -617,6 +610,7 @@ def test_low_precision(dtype):
     np.testing.assert_allclose(found.task_cosines, state.task_cosines, atol=eps / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", QUICK_COSINES)
 def test_jax_grad_through_a_step_takes_the_weights_as_constants(rule):
     fn, params, args, num_tasks, _ = mlp(2)

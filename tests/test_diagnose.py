@@ -46,6 +46,7 @@ def test_it_measures_what_the_transform_measures(toy):
     np.testing.assert_allclose(found.share, shares.mean(axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_leaves_are_shared_as_the_gradients_tell(toy):
     losses_fn, params, batch = toy
     found = diagnose(losses_fn, params, [batch])
@@ -220,6 +221,7 @@ def test_batches_with_a_nan_are_left_out_and_a_broken_task_is_named(toy):
         diagnose(losses_fn, params, [broken, broken])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tasks", rest_slow([2, 10], fast=[10]))
 def test_the_table_fits_80_columns(num_tasks):
     names = [f"a_task_with_quite_a_long_name_{i:02}" for i in range(num_tasks)]

@@ -211,6 +211,7 @@ def losses_in_float16(params, x, scales):
     return tuple(scales[i] * jnp.mean(error**2) for i, error in enumerate(errors))
 
 
+@pytest.mark.slow
 @every_driver
 def test_float16_with_dynamic_loss_scaling_has_the_weights_of_the_unscaled_run(name):
     """Losses so small that float16 loses their gradients unless they are scaled."""
@@ -254,6 +255,7 @@ def test_float16_with_dynamic_loss_scaling_has_the_weights_of_the_unscaled_run(n
 COMPARABLE = ONES * np.float32([0.01, 1])  # weights far from the floor
 
 
+@pytest.mark.slow
 @every_driver
 def test_mixed_leaves_have_the_weights_of_float32_leaves(name):
     dtypes = {"trunk": jnp.bfloat16, "loud": jnp.float16, "quiet": jnp.float32}
@@ -337,7 +339,7 @@ def test_complex_parameters_are_two_real_ones(name):
     assert 0.05 < state.task_weights[0] < 0.45
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rest_slow(MODES, fast=["leaks"]))
 @every_driver
 def test_debugging_modes(name, mode):
     driver = make_driver_afresh(name, losses_fn, GABA)
@@ -380,6 +382,7 @@ def test_the_same_run_is_the_same_to_the_bit(name):
     chex.assert_trees_all_equal(first, second)
 
 
+@pytest.mark.slow
 @every_driver
 def test_compiled_steps_are_the_eager_ones(name):
     driver = make_driver(name, rule=weighting.gaba(K, beta=BETA, warmup_steps=2))

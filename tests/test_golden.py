@@ -1,5 +1,7 @@
 """Against runs of independent implementations of the published formulas (see golden/README.md)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 
 from gaba_jax import BalanceState, exclude, gaba, task_value_and_grad, weighting
 from gaba_jax.weighting import TaskStats
+from tests.slow import rest_slow_of_several
 
 CONSTANTS = {"paper": (0.99, 100, 0.05), "fast": (0.9, 3, 0.02)}
 
@@ -52,15 +55,20 @@ class DualHead(nnx.Module):
         return self.rul_head(h)[..., 0], self.health_head(h)
 
 
+SHARED = {"auto": None, "named": exclude("rul_head", "health_head")}
+RUNS = list(itertools.product(["linear", "two_layer"], ["sgd", "adamw"], SHARED))
+OFTEN = [("linear", "adamw", "named"), ("two_layer", "sgd", "auto")]
+
+
 @pytest.mark.parametrize(
-    "shared", [None, exclude("rul_head", "health_head")], ids=["auto", "named"]
+    ("backbone", "optimizer", "shared"), rest_slow_of_several(RUNS, fast=OFTEN)
 )
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("backbone", ["linear", "two_layer"])
 def test_training(golden, backbone, optimizer, shared):
     arrays = golden(f"gaba_training_{backbone}_{optimizer}")
     inner = optax.sgd(1e-3) if optimizer == "sgd" else optax.adamw(1e-3, weight_decay=1e-4)
-    tx = optax.chain(gaba(warmup_steps=20 if optimizer == "sgd" else 100, shared=shared), inner)
+    tx = optax.chain(
+        gaba(warmup_steps=20 if optimizer == "sgd" else 100, shared=SHARED[shared]), inner
+    )
     graph, params = nnx.split(DualHead(arrays), nnx.Param)
     x, rul = jnp.asarray(arrays["x"]), jnp.asarray(arrays["rul"])
     health = jnp.asarray(arrays["health"], jnp.int32)

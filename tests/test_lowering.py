@@ -41,6 +41,9 @@ OPTIONS = {
     "encoder, microbatches": {"encoder": encoder, "microbatch_size": PART},
     "lagged, drop": {"measure": "lagged", "nonfinite": "drop"},
 }
+EACH_PATH = rest_slow(
+    ["stacked", *OPTIONS], fast=["stacked", "exact", "lagged, every", "encoder, microbatches"]
+)
 FACTORED = {"exact", "exact, drop", "every"}
 
 
@@ -89,7 +92,7 @@ def placed(tree, mesh, *spec):
 
 
 @pytest.mark.parametrize("rule", rest_slow(RULES, fast=["gaba"]))
-@pytest.mark.parametrize("path", ["stacked", *OPTIONS])
+@pytest.mark.parametrize("path", EACH_PATH)
 def test_exports_for_tpu_and_cuda_without_a_call_out_of_the_program(path, rule):
     module = lower(*make_step(path, RULES[rule](K))).mlir_module()
     assert "custom_call" not in module
@@ -105,7 +108,7 @@ AXES = rest_slow([AxisType.Auto, AxisType.Explicit], fast=[AxisType.Auto])
 
 
 @pytest.mark.parametrize("axes", AXES, ids=["auto", "explicit"])
-@pytest.mark.parametrize("path", ["stacked", *OPTIONS])
+@pytest.mark.parametrize("path", EACH_PATH)
 def test_traces_for_256_devices(path, axes):
     step, carry, batch = make_step(path, weighting.gaba(K))
     mesh = AbstractMesh((256,), ("data",), axis_types=(axes,))

@@ -9,13 +9,19 @@ import base64
 import os
 import struct
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-jupytext = pytest.importorskip("jupytext", reason="needs the extra notebooks")
-nbclient = pytest.importorskip("nbclient", reason="needs the extra notebooks")
-nbformat = pytest.importorskip("nbformat", reason="needs the extra notebooks")
+# Imported where they are used: nbformat alone takes three seconds, and every run collects this.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("jupytext") is None or find_spec("nbclient") is None,
+        reason="needs the extra notebooks",
+    ),
+]
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 BADGE = (
@@ -28,13 +34,21 @@ SECONDS = 300  # per notebook: a busy machine is no failure, a loop without end 
 each = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 
 
+def read(path):
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def execute(path, folder):
     """A copy of the notebook, run in ``folder`` from an empty start; its own outputs."""
-    notebook = nbformat.read(path, as_version=4)
+    import nbclient
+
+    notebook = read(path)
     client = nbclient.NotebookClient(
         notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}
     )
@@ -53,7 +67,9 @@ def test_there_are_the_four_notebooks():
 
 @each
 def test_both_halves_have_the_same_cells(path):
-    notebook = nbformat.read(path, as_version=4)
+    import jupytext
+
+    notebook = read(path)
     source = jupytext.read(path.with_suffix(".py"))
     assert notebook.metadata.jupytext.formats == "ipynb,py:percent"
     assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
@@ -64,7 +80,9 @@ def test_both_halves_have_the_same_cells(path):
 @each
 def test_what_is_stored_was_run_from_top_to_bottom(path):
     assert path.stat().st_size < LARGEST
-    notebook = nbformat.read(path, as_version=4)
+    import nbformat
+
+    notebook = read(path)
     nbformat.validate(notebook)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -79,10 +97,10 @@ def test_what_is_stored_was_run_from_top_to_bottom(path):
 
 @each
 def test_it_opens_in_colab_and_installs_only_what_is_missing(path):
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read(path).cells
     assert cells[0].cell_type == "markdown"
     assert BADGE.format(path.name) in cells[0].source
-    first = code_cells(nbformat.read(path, as_version=4))[0].source
+    first = code_cells(read(path))[0].source
     guard, *others = ast.parse(first).body
     assert isinstance(guard, ast.Try)
     assert [ast.unparse(line) for line in guard.body] == ["import gaba_jax"]
@@ -101,7 +119,6 @@ def check_run(path, folder):
     assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(last.source)))
 
 
-@pytest.mark.slow
 @each
 def test_it_runs(path, tmp_path, monkeypatch):
     """Without the public data, as for a reader who has none."""
@@ -109,7 +126,6 @@ def test_it_runs(path, tmp_path, monkeypatch):
     check_run(path, tmp_path)
 
 
-@pytest.mark.slow
 def test_turbofan_runs_on_the_public_data():
     """Where it is; a copy of the test above where it is not."""
     check_run(FOLDER / "turbofan.ipynb", FOLDER)

@@ -1,5 +1,7 @@
 """Selectors over the trees that users have."""
 
+import itertools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ from flax import nnx
 
 from gaba_jax import balance, exclude, gaba, only, task_value_and_grad, weighting
 from gaba_jax._selection import select
+from tests.slow import rest_slow_of_several
 
 PARAMS = {
     "backbone": {
@@ -133,8 +136,14 @@ def equinox_model():
     return params, lambda params: eqx.combine(params, static)(jnp.ones(4))
 
 
-@pytest.mark.parametrize("model", [linen_model, nnx_model, equinox_model])
-@pytest.mark.parametrize("shared", [exclude("*_head"), only("backbone")])
+ON_MODELS = list(
+    itertools.product(
+        [linen_model, nnx_model, equinox_model], [exclude("*_head"), only("backbone")]
+    )
+)
+
+
+@pytest.mark.parametrize(("model", "shared"), rest_slow_of_several(ON_MODELS, fast=ON_MODELS[1::2]))
 def test_frameworks(model, shared):
     params, losses_fn = model()
     selection = select(shared, None, params)

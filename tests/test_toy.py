@@ -21,6 +21,7 @@ def test_gradients_of_the_landscape_are_finite():
     assert np.isfinite(jacobians(np.float32(points))).all()
 
 
+@pytest.mark.slow
 def test_nothing_is_better_than_the_front():
     points, losses = toy.front()
     first, second = np.moveaxis(np.asarray(jacobians(points))[1:-1], 1, 0)  # zero at the ends

@@ -1,5 +1,7 @@
 """Losses and stacked gradients: equal to one gradient at a time, from one forward pass."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,17 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from gaba_jax import task_names, task_value_and_grad
+from tests.slow import rest_slow_of_several
 
 METHODS = ["unroll", "vmap", "scan"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("container", ["dict", "tuple", "list", "array"])
-@pytest.mark.parametrize("jitted", [False, True])
+CONTAINERS = ["dict", "tuple", "list", "array"]
+WAYS = list(itertools.product(METHODS, CONTAINERS, [False, True]))
+OFTEN = [way for way in WAYS if way[2] or way[:2] == ("unroll", "dict")]
+
+
+@pytest.mark.parametrize(("method", "container", "jitted"), rest_slow_of_several(WAYS, fast=OFTEN))
 def test_equal_to_one_gradient_at_a_time(toy, method, container, jitted):
     losses_fn, params, batch = toy
     make = {

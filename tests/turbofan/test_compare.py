@@ -113,6 +113,7 @@ class TestRuns:
         with pytest.raises(ValueError, match=r"seed0.json holds a run with another stride"):
             compare.run(other, (0,), out)
 
+    @pytest.mark.slow
     def test_a_diverged_run_is_counted(self, tmp_path):
         config = dataclasses.replace(SMALL, optimizer="sgd", learning_rate=1e3)
         cells = compare.cells(("uniform", "inverse_norm"), ("FD001",), ("amnl",), config)

@@ -83,6 +83,7 @@ def model():
     return FullModel(WINDOW, CHANNELS, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_parameters(model):
     """PyTorch counts a second bias of four gates, in two layers and both directions."""
     assert size(model) == 3_493_380
@@ -228,6 +229,7 @@ def test_frontend_is_a_convolution(training):
     )
 
 
+@pytest.mark.slow
 def test_training_moves_the_running_statistics_by_a_tenth_and_evaluation_does_not():
     frontend = shaken(Frontend(4, 0.0, rngs=nnx.Rngs(0)))
     x, moments = normal(0, 6, 3, 4), []
@@ -243,6 +245,7 @@ def test_training_moves_the_running_statistics_by_a_tenth_and_evaluation_does_no
             np.testing.assert_allclose(after, 0.9 * was + 0.1 * of_batch, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_from_the_key():
     frontend = Frontend(4, 0.25, rngs=nnx.Rngs(0))
     graph, state = nnx.split(frontend)

@@ -387,6 +387,7 @@ def test_without_h5py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         ncmapss.load("any.h5")
 
 
+@pytest.mark.slow
 def test_the_compact_model_trains_on_it(tmp_path: Path) -> None:
     flights = [20] * 60
     path = save(tmp_path / "fleet.h5", layout({2: flights, 5: flights}, {11: flights}))

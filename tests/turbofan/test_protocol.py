@@ -176,6 +176,7 @@ def test_updates_scale_with_the_plateau(data):
     np.testing.assert_allclose(half, 0.5 * full, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_warm_up_and_plateau_in_a_run(whole, replayed):
     params, _, errors, scales = replayed
     start = split_model(make_model(EVERYTHING, 30, 17, EVERYTHING.seed))[1]
@@ -193,6 +194,7 @@ def test_warm_up_and_plateau_in_a_run(whole, replayed):
 # Clipping.
 
 
+@pytest.mark.slow
 def test_the_balanced_gradient_is_clipped_and_not_what_is_measured(data):
     """The first update of SGD is the learning rate times the gradient."""
     free = dataclasses.replace(PLAIN, optimizer="sgd", learning_rate=1e-2)
@@ -385,6 +387,7 @@ def test_stacked_is_exact_within_rounding_and_encoder_another_run(data, plain):
     assert np.isfinite(history(encoder, "losses")).all()
 
 
+@pytest.mark.slow
 def test_scores_of_all_test_windows_and_of_the_uncapped_rul(data, plain):
     graph = split_model(make_model(PLAIN, 30, 17, 0))[0]
     model = nnx.merge(graph, plain.params)

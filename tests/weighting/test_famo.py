@@ -63,6 +63,7 @@ def test_logits_follow_the_gradient_of_the_falls():
     )
 
 
+@pytest.mark.slow
 def test_against_the_paper_on_the_whole_data():
     """Where the loss after a step is that before the next, the paper's loop to the letter."""
     scales, centres = jnp.array([30.0, 0.5]), jnp.array([[1.0, 0.0], [0.0, 2.0]])

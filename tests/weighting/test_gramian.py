@@ -49,6 +49,7 @@ IN_RANDOM_ORDER = ("gradvac", "pcgrad")
 CASES = [
     f"k{k}_{kind}" for k in (2, 3, 5, 8) for kind in ("random", "conflict", "imbalanced", "aligned")
 ]
+OFTEN = [name for name in CASES if name.startswith("k3")]
 
 
 def measured(jacobian, present=None):
@@ -91,7 +92,7 @@ def case(golden):
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_slow(CASES, fast=OFTEN))
 def test_golden_directions(case, name):
     arrays = case(name)
     jacobian = arrays["jacobian"]

@@ -70,6 +70,7 @@ def test_without_the_integral_an_error_is_left():
     np.testing.assert_allclose(log_weights - log_weights[0], error - error[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(norms=ratio_of_500)
 def test_at_rest_it_is_the_exact_rule(norms):

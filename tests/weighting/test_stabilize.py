@@ -171,7 +171,7 @@ def runs(draw):
 
 
 @pytest.mark.parametrize("masked", rest_slow([False, True], fast=[True]))
-@pytest.mark.parametrize("floor", ["renormalize", "project"])
+@pytest.mark.parametrize("floor", rest_slow(["renormalize", "project"], fast=["project"]))
 @settings(max_examples=80)
 @given(run=runs())
 def test_properties(run, floor, masked):
