@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from benchmarks import _measure
 from gaba_jax import balanced_value_and_grad, weighting
 from gaba_jax.plot import COLORS
-from gaba_jax.turbofan import compare
+from gaba_jax.turbofan import compare, config
 
 RESULT = Path(__file__).with_suffix(".json")
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "toy.png"
@@ -40,7 +40,7 @@ LEARNING_RATES = {"landscape": 2.5e-3, "digits": 1e-3}  # of Adam
 
 def methods() -> dict[str, weighting.Weighting]:
     """All that ``num_tasks`` makes, with the defaults, and two that wrap another."""
-    made = {name: rule(2) for name, rule in compare.rules().items()}
+    made = {name: rule(2) for name, rule in config.rules().items()}
     made["normalized(upgrad)"] = weighting.normalized(weighting.upgrad(2))
     made["stabilize(mgda)"] = weighting.stabilize(weighting.mgda(2))
     return dict(sorted(made.items()))

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from benchmarks import _measure
-from gaba_jax.turbofan.compare import rules
+from gaba_jax.turbofan.config import rules
 from gaba_jax.weighting import TaskStats
 
 try:

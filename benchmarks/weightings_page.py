@@ -16,7 +16,7 @@ import optax
 from benchmarks import toy
 from benchmarks.performance import replace_between
 from gaba_jax import balanced_value_and_grad
-from gaba_jax.turbofan.compare import rules
+from gaba_jax.turbofan.config import rules
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "weightings.md"

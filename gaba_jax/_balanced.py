@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from gaba_jax import _passes
 from gaba_jax._checks import check_driver_arguments, check_params
-from gaba_jax._gradients import TaskGradients, task_gradients, wanted_norms
+from gaba_jax._gradients import TaskGradients, of_tasks, task_gradients
 from gaba_jax._passes import Pass
 from gaba_jax._selection import Selection, Selector, select
 from gaba_jax._state import (
@@ -23,12 +23,12 @@ from gaba_jax._state import (
     hold,
     init_state,
     is_due,
-    measures_gradients,
     needed_losses,
+    reads_of,
     restrict,
     task_presence,
 )
-from gaba_jax._statistics import Measurement
+from gaba_jax._statistics import Measurement, Reads, measure_one
 from gaba_jax.weighting._base import Weighting, check_weighting
 
 Measure = Literal["exact", "lagged"]
@@ -261,36 +261,38 @@ class _Update(NamedTuple):
 
     def measuring(self, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any, BalanceState]:
         """Losses, aux, gradient and state of an update that measures."""
-        weighting = self.driver.weighting
         run = self._forward(*args, **kwargs)
-        reads, with_cosines = measures_gradients(weighting), "cosines" in weighting.needs
-        if self.driver.measure == "lagged" and not with_cosines and (reads or self._drop()):
-            state, grads = self._lagged(run)
+        reads = reads_of(self.driver.weighting)
+        # What "drop" has to see in any case.
+        least = Reads() if reads is None and self._drop() else reads
+        if self.driver.measure == "lagged" and least is not None and not least.cosines:
+            state, grads = self._lagged(run, least)
             return run.losses, run.aux, grads, state
-        gradients = task_gradients(
-            run, self.params, self.selection, self.apart, reads, with_cosines
-        )
+        gradients = task_gradients(run, self.selection, self.apart, reads)
         measurement, usable = None, self.present
-        if reads or self._drop():
-            measurement = gradients.measure(self.selection.wanted(self._drop()), with_cosines)
-        if self._drop():
-            assert measurement is not None
-            usable = self.present & jnp.all(jnp.isfinite(measurement.norms), axis=0)
-        state = self._advanced(run, gradients.selection, measurement if reads else None, usable)
+        if least is not None:
+            measurement = gradients.measure(self.selection.wanted(self._drop()), least)
+            usable = self._usable(measurement)
+        state = self._advanced(run, gradients.selection, measurement, usable)
         return run.losses, run.aux, self._combined(gradients, state, usable), state
 
     def holding(self, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any, BalanceState]:
         """The same of an update that does not measure."""
         run, usable = self._forward(*args, **kwargs), self.present
-        gradients = task_gradients(run, self.params, self.selection, self.apart, False, False)
+        gradients = task_gradients(run, self.selection, self.apart, None)
         if self._drop():
-            norms = gradients.measure(self.selection.wanted(every=True), False).norms
-            usable = self.present & jnp.all(jnp.isfinite(norms), axis=0)
+            usable = self._usable(gradients.measure(self.selection.wanted(every=True), Reads()))
         state = hold(self.driver.weighting, self.state, usable)
         return run.losses, run.aux, self._combined(gradients, state, usable), state
 
     def _drop(self) -> bool:
         return self.driver.nonfinite == "drop"
+
+    def _usable(self, measurement: Measurement) -> Array:
+        """[K], the present tasks whose gradient enters the update."""
+        if not self._drop():
+            return self.present
+        return self.present & jnp.all(jnp.isfinite(measurement.norms), axis=0)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Pass:
         driver = self.driver
@@ -308,11 +310,12 @@ class _Update(NamedTuple):
     def _advanced(
         self, run: Pass, selection: Selection, measurement: Measurement | None, usable: Array
     ) -> BalanceState:
+        reads = reads_of(self.driver.weighting)
         return advance(
             self.driver.weighting,
             selection,
             self.state,
-            measurement,
+            None if reads is None else measurement,
             task_losses=needed_losses(self.driver.weighting, run.losses),
             present=self.present,
             usable=usable,
@@ -324,28 +327,25 @@ class _Update(NamedTuple):
         leaves = gradients.combine(factors, usable if self.apart else None)
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
 
-    def _lagged(self, run: Pass) -> tuple[BalanceState, Any]:
+    def _lagged(self, run: Pass, reads: Reads) -> tuple[BalanceState, Any]:
         """K backward passes, summed with the weights from before while they are measured."""
-        norms, total = self._summed(run, self.present)
-        usable = self.present
+        measurement, total = self._summed(run, self.present, reads)
+        usable = self._usable(measurement)
         if self._drop():
-            usable = self.present & jnp.all(jnp.isfinite(norms), axis=0)
             complete = jnp.all(usable == self.present)
-            total = lax.cond(complete, lambda: total, lambda: self._summed(run, usable)[1])
-        reads = measures_gradients(self.driver.weighting)
-        measurement = Measurement(norms, None) if reads else None
+            total = lax.cond(complete, lambda: total, lambda: self._summed(run, usable, reads)[1])
         grads = jax.tree.map(lambda t, p: t.astype(p.dtype), total, self.params)
         return self._advanced(run, self.selection, measurement, usable), grads
 
-    def _summed(self, run: Pass, usable: Array) -> tuple[Array, Any]:
-        """[leaves, K] norms and the sum over the usable tasks, one gradient at a time."""
+    def _summed(self, run: Pass, usable: Array, reads: Reads) -> tuple[Measurement, Any]:
+        """What is measured, and the sum over the usable tasks, one gradient at a time."""
         num_tasks = self.driver.weighting.num_tasks
         weights = restrict(self.driver.weighting, self.state.next_task_weights, usable)
         factors = jnp.array(self.selection.coefficients(weights, usable)).reshape(-1, num_tasks)
         one_at_a_time = [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
         wanted = self.selection.wanted(self._drop())
 
-        def add(total: list[Array], task: Any) -> tuple[list[Array], Array]:
+        def add(total: list[Array], task: Any) -> tuple[list[Array], Measurement]:
             index, one_hot, factors, used = task
             # Transposing each loss by itself makes the program K times larger.
             pull = lax.switch(index, one_at_a_time) if self.apart else run.pull_back(one_hot)
@@ -357,13 +357,13 @@ class _Update(NamedTuple):
             if self.apart:
                 terms = [jnp.where(used, term, 0) for term in terms]
             total = [t + term for t, term in zip(total, terms, strict=True)]
-            return total, wanted_norms(grads, wanted)
+            return total, measure_one(grads, wanted, reads)
 
         leaves, structure = jax.tree.flatten(self.params)
         one_hot = jnp.eye(num_tasks, dtype=run.losses.dtype)
         tasks = jnp.arange(num_tasks), one_hot, factors.T, usable
-        total, norms = lax.scan(add, _passes.zeros_to_sum(leaves), tasks)
-        return norms.T, structure.unflatten(total)
+        total, each = lax.scan(add, _passes.zeros_to_sum(leaves), tasks)
+        return of_tasks(each), structure.unflatten(total)
 
 
 def _check_manual_axes(losses: Array) -> None:

@@ -242,13 +242,7 @@ class Factored(NamedTuple):
         return lax.cond(jnp.any(look.doubt), self._one_by_one, lambda look: look, look)
 
     def _one_by_one(self, look: Look) -> Look:
-        def of_each(measured: Callable[[Array], Array]) -> Array:
-            def of_factor(factor: Factor) -> Array:
-                return lax.map(lambda cut: measured(factor.finish(cut)), factor.kept)
-
-            return jnp.concatenate([of_factor(factor) for factor in self.factors])
-
-        norms = of_each(lambda gradient: norms_of([gradient])[0])
+        norms = self.each(lambda gradient: norms_of([gradient])[0])
         if look.cosines is None:
             return look._replace(norms=norms)
 
@@ -259,9 +253,24 @@ class Factored(NamedTuple):
 
         def with_others(one: Array) -> Array:
             one = unit(one)
-            return of_each(lambda other: jnp.sum(one * unit(other)).astype(jnp.float32))
+            return self.each(lambda other: jnp.sum(one * unit(other)).astype(jnp.float32))
 
-        return look._replace(norms=norms, cosines=as_cosines(of_each(with_others)))
+        return look._replace(norms=norms, cosines=as_cosines(self.each(with_others)))
+
+    @property
+    def of_one(self) -> jax.ShapeDtypeStruct:
+        """The gradient of one task."""
+        factor = self.factors[0]
+        return jax.eval_shape(factor.finish, factor.kept[0])
+
+    def each(self, measured: Callable[[Array], Any]) -> Any:
+        """From one gradient at a time, formed and dropped."""
+
+        def of_factor(factor: Factor) -> Any:
+            kept = lax.stop_gradient(factor.kept)
+            return lax.map(lambda cut: measured(factor.finish(cut)), kept)
+
+        return jax.tree.map(lambda *each: jnp.concatenate(each), *map(of_factor, self.factors))
 
     def cosines(self, norms: Array) -> Array:
         """They come with the look."""

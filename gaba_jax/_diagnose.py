@@ -13,9 +13,11 @@ from gaba_jax._checks import check_params, leaf_names
 from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._selection import Selection, Selector, select
 from gaba_jax._state import seen_by_two
-from gaba_jax._statistics import combine_cosines, combine_norms, measure_stacked
+from gaba_jax._statistics import Reads, combine_cosines, combine_norms, measure_stacked
 from gaba_jax._value_and_grad import task_names as names_of
 from gaba_jax._value_and_grad import task_value_and_grad
+
+_READS = Reads(cosines=True)
 
 
 def diagnose(
@@ -169,7 +171,7 @@ def _measurer(
     def measure(params: Any, batch: Any, seen: Array) -> _Found:
         losses, leaves = stacked(params, batch)
         num_tasks = losses.shape[0]
-        whole = measure_stacked(leaves, all_leaves, num_tasks, with_cosines=True)
+        whole = measure_stacked(leaves, all_leaves, num_tasks, _READS)
         # As the drivers do: a NaN is measured, which rejects the batch, and not remembered.
         pulls = whole.norms != 0
         measured = _on_shared(selection, seen | pulls) & jnp.asarray(selection.measure_on, bool)
@@ -179,7 +181,7 @@ def _measurer(
         if both := gradients_of_halves(params, batch):
 
             def of_task(halves: list[Array]) -> tuple[Array, Array]:
-                measurement = measure_stacked(halves, all_leaves, 2, with_cosines=True)
+                measurement = measure_stacked(halves, all_leaves, 2, _READS)
                 two = combine_norms(measurement.norms, measured)
                 return two, combine_cosines(measurement, measured, two)[0, 1]
 

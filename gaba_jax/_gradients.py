@@ -12,51 +12,57 @@ from jaxtyping import Array
 
 from gaba_jax._passes import Pass
 from gaba_jax._selection import Selection
-from gaba_jax._statistics import Leaf, Measurement, measure, measure_stacked, norms_of, whole_leaves
+from gaba_jax._statistics import (
+    Leaf,
+    Measurement,
+    Reads,
+    measure,
+    measure_one,
+    measure_stacked,
+    whole_leaves,
+)
 
 
 class TaskGradients(NamedTuple):
     """What a driver needs of K gradients, and nothing of how they are kept.
 
     Attributes:
-      measure: ``(wanted leaves, whether cosines are needed) -> Measurement``.
+      measure: ``(wanted leaves, what is read of them) -> Measurement``.
       combine: ``(per leaf the [K] factors, [K] the tasks that may be read or None for all) ->``
         the leaves of the update.
       selection: of the leaves that are measured.
     """
 
-    measure: Callable[[tuple[bool, ...], bool], Measurement]
+    measure: Callable[[tuple[bool, ...], Reads], Measurement]
     combine: Callable[[Sequence[Array], Array | None], list[Array]]
     selection: Selection
 
 
 def task_gradients(
-    run: Pass, params: Any, selection: Selection, apart: bool, reads: bool, with_cosines: bool
+    run: Pass, selection: Selection, apart: bool, reads: Reads | None
 ) -> TaskGradients:
     """The gradients of one pass.
 
     Args:
       run: the pass.
-      params: the parameters.
       selection: which leaves are shared, and measured.
       apart: whether a task must not reach the gradients of another, be it with a NaN.
-      reads: whether they will be measured.
-      with_cosines: whether cosines will be.
+      reads: what will be read of them; None where nothing will.
     """
     num_tasks = run.losses.shape[0]
     if run.feature_gradients is not None:
         return _on_features(run, selection)
     if run.pull_back_apart is None:
-        if apart or with_cosines:
+        if apart or (reads is not None and reads.cosines):
             return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
-        return pulled(run, functools.partial(_one_by_one, run, params), selection)
+        return pulled(run, functools.partial(_one_by_one, run), selection)
     program = _understood(run, num_tasks)
     if program is None or (apart and run.apart and program.mixes()):
-        if not reads and not apart:
+        if reads is None and not apart:
             return pulled(run, _nothing, selection)
         return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
     once = not apart and program.is_linear()
-    if once and not reads:
+    if once and reads is None:
         return pulled(run, _nothing, selection)
     from gaba_jax import _cut
 
@@ -67,7 +73,7 @@ def task_gradients(
         if measured.operations() + program.operations(program.leaves, False) < plan.operations():
             leaves = measured.run()
             return pulled(
-                run, lambda wanted, cos: measure(leaves, wanted, num_tasks, cos), selection
+                run, lambda wanted, reads: measure(leaves, wanted, num_tasks, reads), selection
             )
     return kept(plan.run(), num_tasks, selection)
 
@@ -82,7 +88,7 @@ def kept(leaves: Sequence[Leaf], num_tasks: int, selection: Selection) -> TaskGr
         ]
 
     return TaskGradients(
-        lambda wanted, with_cosines: measure(leaves, wanted, num_tasks, with_cosines),
+        lambda wanted, reads: measure(leaves, wanted, num_tasks, reads),
         combine,
         selection,
     )
@@ -109,10 +115,10 @@ def _on_features(run: Pass, selection: Selection) -> TaskGradients:
     assert run.feature_gradients is not None
     features, num_tasks = run.feature_gradients, run.losses.shape[0]
 
-    def measured(wanted: Any, with_cosines: bool) -> Measurement:
+    def measured(wanted: Any, reads: Reads) -> Measurement:
         del wanted
         leaves = features()
-        return measure_stacked(leaves, (True,) * len(leaves), num_tasks, with_cosines)
+        return measure_stacked(leaves, (True,) * len(leaves), num_tasks, reads)
 
     number = len(jax.eval_shape(features))
     return pulled(run, measured, selection)._replace(
@@ -120,26 +126,23 @@ def _on_features(run: Pass, selection: Selection) -> TaskGradients:
     )
 
 
-def _nothing(wanted: Any, with_cosines: bool) -> Measurement:
+def _nothing(wanted: Any, reads: Reads) -> Measurement:
     raise AssertionError("the weighting reads no gradients")
 
 
-def _one_by_one(
-    run: Pass, params: Any, wanted: tuple[bool, ...], with_cosines: bool
-) -> Measurement:
-    """Norms of one task's gradient after the other, of which none is kept."""
-    del params, with_cosines
+def _one_by_one(run: Pass, wanted: tuple[bool, ...], reads: Reads) -> Measurement:
+    """That of one task's gradient after the other, of which none is kept."""
     one_hot = jnp.eye(run.losses.shape[0], dtype=run.losses.dtype)
-    norms = lax.map(lambda cotangent: wanted_norms(run.pull_back(cotangent), wanted), one_hot)
-    return Measurement(norms.T, None)
+
+    def of_task(cotangent: Array) -> Measurement:
+        return measure_one(jax.tree.leaves(run.pull_back(cotangent)), wanted, reads)
+
+    return of_tasks(lax.map(of_task, one_hot))
 
 
-def wanted_norms(grads: Any, wanted: Sequence[bool]) -> Array:
-    """[leaves], the norms of one task's gradient; 0 where a leaf is not wanted."""
-    constants = lax.stop_gradient(jax.tree.leaves(grads))
-    chosen = [leaf for leaf, want in zip(constants, wanted, strict=True) if want]
-    places = np.flatnonzero(wanted)
-    return jnp.zeros(len(wanted), jnp.float32).at[places].set(norms_of(chosen))
+def of_tasks(each: Measurement) -> Measurement:
+    """[leaves, K] of what was measured task by task, [K, leaves]."""
+    return jax.tree.map(jnp.transpose, each)
 
 
 def _understood(run: Pass, num_tasks: int) -> Any:

@@ -8,9 +8,21 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._selection import Selection
-from gaba_jax._statistics import Measurement, TaskStats, combine_cosines, combine_norms
-from gaba_jax.weighting._base import Weighting, share_out
-from gaba_jax.weighting._gramian import SolverState
+from gaba_jax._statistics import (
+    Measurement,
+    Reads,
+    TaskStats,
+    combine_cosines,
+    combine_extra,
+    combine_norms,
+)
+from gaba_jax.weighting._base import (
+    Weighting,
+    name_of,
+    names_of_needs,
+    share_out,
+    statistics_of,
+)
 
 
 class BalanceState(NamedTuple):
@@ -61,6 +73,13 @@ def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
 
 def check_state(state: BalanceState, num_leaves: int, weighting: Weighting) -> None:
     """Raises ValueError on a state of other parameters, another number of tasks or another rule."""
+    if not isinstance(state, BalanceState):
+        raise ValueError(
+            f"the state must be a BalanceState, got a {type(state).__name__}. A checkpoint that is "
+            "restored without a target comes back as plain dicts and lists: restore it into the "
+            "structure that init(params) makes, or rebuild it with BalanceState(**restored) and "
+            "its weighting_state likewise."
+        )
     shape, num_tasks = jnp.shape(state.seen_by_task), weighting.num_tasks
     if shape != (num_leaves, num_tasks):
         raise ValueError(
@@ -71,14 +90,17 @@ def check_state(state: BalanceState, num_leaves: int, weighting: Weighting) -> N
     if (state.task_cosines is not None) != ("cosines" in weighting.needs):
         kept = "no cosines" if state.task_cosines is None else "cosines"
         raise ValueError(
-            f"the state is of another weighting: it keeps {kept}, and this one has "
-            f"needs={sorted(weighting.needs)}. Pass the state that init(params) made for it."
+            f"the state is of another weighting: it keeps {kept}, and this one needs "
+            f"{names_of_needs(weighting)}. Pass the state that init(params) made for it."
         )
 
 
-def measures_gradients(weighting: Weighting) -> bool:
-    """Whether the weighting reads anything of the gradients."""
-    return bool(weighting.needs & {"norms", "cosines"})
+def reads_of(weighting: Weighting) -> Reads | None:
+    """What the weighting reads of the gradients; None where it reads nothing."""
+    statistics, cosines = statistics_of(weighting), "cosines" in weighting.needs
+    if not (statistics or cosines or "norms" in weighting.needs):
+        return None
+    return Reads(cosines, statistics)
 
 
 def advance(
@@ -94,9 +116,9 @@ def advance(
 ) -> BalanceState:
     """One measuring update of the state.
 
-    A measurement is rejected, and weights, averages and counters are held, when a norm or a needed
-    loss of a present task is not finite, when no leaf is shared, or when fewer than
-    ``weighting.least_present`` tasks are present.
+    A measurement is rejected, and weights, averages and counters are held, when anything measured
+    or a needed loss of a present task is not finite, when the rule answers with a weight that is
+    not, when no leaf is shared, or when fewer than ``weighting.least_present`` tasks are present.
 
     Args:
       weighting: the rule.
@@ -126,10 +148,14 @@ def advance(
             measured &= jnp.asarray(selection.shared, bool)
         norms = combine_norms(leaf_norms, measured)
         measurable = jnp.any(measured)
+    extra = {}
+    if measurement is not None and measured is not None:
+        extra = combine_extra(statistics_of(weighting), measurement, measured)
+        extra = jax.tree.map(lambda each: jnp.where(present, each, 0), extra)
     losses = None if task_losses is None else jnp.where(present, task_losses, 1)
-    finite = jnp.all(jnp.isfinite(norms))
-    if losses is not None:
-        finite &= jnp.all(jnp.isfinite(losses))
+    finite = jnp.array(True)
+    for each in jax.tree.leaves((norms, losses, extra)):
+        finite &= jnp.all(jnp.isfinite(each))
     accepted = finite & measurable & (jnp.sum(present) >= weighting.least_present)
 
     # Where the measurement is rejected the rule runs on harmless numbers and its answer is dropped.
@@ -140,27 +166,23 @@ def advance(
         cosines = jnp.where(
             pairs & accepted, combine_cosines(measurement, measured, norms), identity
         )
-    stats = TaskStats(
-        norms=norms,
-        cosines=cosines,
-        losses=None if losses is None else jnp.where(accepted, losses, 1),
-        present=present | ~accepted,
-        elapsed=jnp.maximum(state.since_measured, 1),
+    answer, weighting_state = _ask(
+        weighting,
+        TaskStats(
+            norms=norms,
+            cosines=cosines,
+            losses=None if losses is None else jnp.where(accepted, losses, 1),
+            present=present | ~accepted,
+            elapsed=jnp.maximum(state.since_measured, 1),
+            extra=jax.tree.map(lambda each: jnp.where(accepted, each, 0), extra),
+        ),
+        state.weighting_state,
     )
-    weights, weighting_state = weighting.update(stats, state.weighting_state)
-    weights = jnp.asarray(weights, jnp.float32)
-    if weights.shape != (weighting.num_tasks,):
-        raise ValueError(
-            f"the weighting's update must return weights of shape ({weighting.num_tasks},), one "
-            f"per task; it returned shape {weights.shape}."
-        )
-    answer = weights
-    if not jax.tree.leaves(state.weighting_state) or isinstance(state.weighting_state, SolverState):
-        # A rule without memory of an absent task: what it had last is kept for it.
-        weights = _keep_absent(weights, state.next_task_weights, present)
+    sound = finite & (~accepted | jnp.all(jnp.isfinite(answer)))
+    accepted &= sound
     new = BalanceState(
         task_weights=state.task_weights,
-        next_task_weights=weights,
+        next_task_weights=_keep_absent(weighting, answer, state.next_task_weights, present),
         task_norms=jnp.where(present, norms, state.task_norms),
         task_cosines=None
         if cosines is None or state.task_cosines is None
@@ -174,7 +196,7 @@ def advance(
         # For want of leaves or tasks, what was seen is kept; not after a non-finite gradient.
         seen_by_task=jnp.where(finite, seen, state.seen_by_task),
         nonfinite_count=jnp.where(
-            finite, state.nonfinite_count, optax.safe_increment(state.nonfinite_count)
+            sound, state.nonfinite_count, optax.safe_increment(state.nonfinite_count)
         ),
     )
     advanced = jax.tree.map(lambda yes, no: jnp.where(accepted, yes, no), new, held)
@@ -201,15 +223,63 @@ def hold(weighting: Weighting, state: BalanceState, usable: Bool[Array, " tasks"
     )
 
 
+def _ask(weighting: Weighting, stats: TaskStats, state: Any) -> tuple[Array, Any]:
+    """The rule's weights and next state; ValueError where it breaks its contract."""
+    rule = f"the weighting {name_of(weighting)}"
+    fields = {"norms": "norms" in weighting.needs or "cosines" in weighting.needs}
+    fields |= {name: name in weighting.needs for name in ("cosines", "losses")}
+    missing = [name for name, declared in fields.items() if not declared]
+    try:
+        # Rules broadcast [K] over [K, K], whatever the user has JAX refuse elsewhere.
+        with jax.numpy_rank_promotion("allow"):
+            answer = weighting.update(stats._replace(**dict.fromkeys(missing)), state)
+    except (AttributeError, KeyError, TypeError) as error:
+        if not missing:
+            raise
+        raise ValueError(
+            f"{rule} raised {type(error).__name__}: {error}. It needs {names_of_needs(weighting)}; "
+            f"what a rule does not name in its needs is not measured: {', '.join(missing)} "
+            "are None, and only statistics that it names are in extra."
+        ) from error
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        raise ValueError(
+            f"{rule} must return a pair (task_weights, state) from its update; it returned a "
+            f"{type(answer).__name__}."
+        )
+    weights, expected = jnp.asarray(answer[0], jnp.float32), jax.tree.structure(state)
+    if weights.shape != (weighting.num_tasks,):
+        raise ValueError(
+            f"{rule} must return weights of shape ({weighting.num_tasks},), one per task, from its "
+            f"update; it returned shape {weights.shape}."
+        )
+    if jax.tree.structure(answer[1]) != expected:
+        raise ValueError(
+            f"{rule} must return a state like that of its init, {expected}; its update returned "
+            f"{jax.tree.structure(answer[1])}."
+        )
+    return weights, answer[1]
+
+
 def _keep_absent(
+    weighting: Weighting,
     weights: Float[Array, " tasks"],
     last: Float[Array, " tasks"],
     present: Bool[Array, " tasks"],
 ) -> Float[Array, " tasks"]:
-    """The last weights of absent tasks; the others share the rest of the rule's sum."""
-    rest = jnp.maximum(jnp.sum(weights) - jnp.sum(jnp.where(present, 0, last)), 0)
-    kept = jnp.where(present, share_out(weights, present, rest), last)
-    return jnp.where(jnp.all(present), weights, kept)
+    """The last weights of absent tasks that a rule does not remember; the others share the rest.
+
+    Where that would leave nothing, they have the part of the sum that they had of the last one.
+    """
+    forgotten = ~present & (weights == 0)
+    alone = jnp.where(forgotten, last, weights)
+    if weighting.absent == "each":
+        return alone
+    total, of_last = jnp.sum(weights), jnp.sum(last)
+    held = jnp.sum(jnp.where(present, 0, alone))
+    part = jnp.clip(1 - held / jnp.where(of_last > 0, of_last, 1), 0, 1)
+    rest = jnp.where(total > held, total - held, total * part)
+    kept = jnp.where(present, share_out(weights, present, rest), alone)
+    return jnp.where(jnp.any(forgotten) & (total > 0), kept, alone)
 
 
 def restrict(
@@ -220,7 +290,7 @@ def restrict(
     Left as they are: weights that hold for each task by itself, and those whose sum is not
     positive, from rules where they can be negative.
     """
-    if weighting.least_present == 1:
+    if weighting.absent == "each":
         return jnp.where(usable, weights, 0)
     total = jnp.sum(weights)
     rest = jnp.where(total > 0, share_out(weights, usable, total), jnp.where(usable, weights, 0))
@@ -251,8 +321,8 @@ def needed_losses(weighting: Weighting, task_losses: Any) -> Float[Array, " task
     remedy = "tx.update(grads, opt_state, params, task_losses=losses)"
     if task_losses is None:
         raise ValueError(
-            f"this weighting needs the task losses: call {remedy}. A train state whose "
-            "apply_gradients takes no extra arguments does not pass them on; "
+            f"the weighting {name_of(weighting)} needs the task losses: call {remedy}. A train "
+            "state whose apply_gradients takes no extra arguments does not pass them on; "
             "gaba_jax.linen.TrainState does."
         )
     if isinstance(task_losses, dict | list | tuple):

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -23,18 +23,56 @@ _HUGE_SCALE = 2.0**-70
 _USUAL_RANGE = (1e-22, 1e8)
 
 
+class Statistic(NamedTuple):
+    """A number that a rule reads of each task's gradient, beside norms and cosines.
+
+    Name it in the ``needs`` of a :class:`gaba_jax.weighting.Weighting`; the rule then reads
+    ``stats.extra[statistic.name]``. A gradient is measured leaf by leaf, one task and one leaf at a
+    time, where norms are measured.
+
+    Attributes:
+      name: under which the rule reads it; no two of a rule's have the same.
+      of_leaf: from the gradient of one task on one leaf, an array of the parameter's shape in
+        float32 at least, to a pytree of scalars: sums, counts or maxima, for which 0 is neutral.
+      combine: from that pytree, each scalar now an array [leaves], to one scalar. A leaf that is
+        not measured enters as zeros. None gives the rule the pytree itself, [leaves, K] each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gaba_jax.weighting import Statistic
+      >>> l1_norm = Statistic("l1_norm", lambda g: jnp.sum(jnp.abs(g)), jnp.sum)
+    """
+
+    name: str
+    of_leaf: Callable[[Array], Any]
+    combine: Callable[[Any], Array] | None
+
+
+class Reads(NamedTuple):
+    """What is measured of gradients: their norms always, and what a rule reads beside them."""
+
+    cosines: bool = False
+    statistics: tuple[Statistic, ...] = ()
+
+
+_NORMS = Reads()
+
+
 class TaskStats(NamedTuple):
     """What a :class:`gaba_jax.weighting.Weighting` sees of K tasks at one update.
 
-    A task that is absent (``present`` is False) has norm 0, cosines 0 and loss 1.
+    A task that is absent (``present`` is False) has norm 0, cosines 0, loss 1 and statistics 0. A
+    rule can read what it names in its ``needs``, and the last three fields.
 
     Attributes:
-      norms: [K] float32, L2 norms of the task gradients on the measured parameters.
+      norms: [K] float32, L2 norms of the task gradients on the measured parameters; None unless the
+        weighting needs them or cosines.
       cosines: [K, K], cosines between them (diagonal 1; a gradient of norm zero has cosine 0 to
         the others); None unless the weighting needs them.
       losses: [K], the task losses; None unless the weighting needs them.
       present: [K] bool, the tasks that take part in this update.
       elapsed: [] int32, updates since the measurement before this one; 1 at the first.
+      extra: by its name, what each :class:`Statistic` of the rule is, [K] float32.
     """
 
     norms: Float[Array, " tasks"]
@@ -42,6 +80,7 @@ class TaskStats(NamedTuple):
     losses: Float[Array, " tasks"] | None
     present: Bool[Array, " tasks"]
     elapsed: Int[Array, ""]
+    extra: dict[str, Any] = {}  # noqa: RUF012 (a pytree, and nobody writes to it)
 
 
 class Measurement(NamedTuple):
@@ -51,10 +90,13 @@ class Measurement(NamedTuple):
       norms: [leaves, K] float32, 0 on leaves nobody asked for.
       cosines: [leaves, K, K] float32 between the tasks' gradients on each leaf; None where the
         weighting needs none.
+      extra: by their names, the statistics of each leaf: pytrees of [leaves, K] float32, 0 on
+        leaves nobody asked for.
     """
 
     norms: Float[Array, "leaves tasks"]
     cosines: Float[Array, "leaves tasks tasks"] | None
+    extra: dict[str, Any] = {}  # noqa: RUF012 (likewise)
 
 
 class Look(NamedTuple):
@@ -74,8 +116,17 @@ class Leaf(Protocol):
         """The tasks, in the order of the leading axis of all else."""
         ...
 
+    @property
+    def of_one(self) -> jax.ShapeDtypeStruct:
+        """The gradient of one task."""
+        ...
+
     def cosines(self, norms: Array) -> Array:
         """[tasks, tasks], from their norms."""
+        ...
+
+    def each(self, measured: Callable[[Array], Any]) -> Any:
+        """What is measured of every task's gradient, [tasks, ...]."""
         ...
 
     def combine(self, factors: Array, usable: Array | None) -> Array:
@@ -120,8 +171,19 @@ class Whole(NamedTuple):
             gram = above + above.T
         else:
             axes, scaled = tuple(range(1, leaf.ndim)), leaf * each_task(unit, leaf)
-            gram = lax.map(lambda one: jnp.sum((scaled * one.conj()).real, axis=axes), scaled)
+            gram = lax.map(lambda one: jnp.sum((scaled * one.conj()[None]).real, axis=axes), scaled)
         return as_cosines(gram)
+
+    @property
+    def of_one(self) -> jax.ShapeDtypeStruct:
+        """The gradient of one task."""
+        return jax.ShapeDtypeStruct(self.array.shape[1:], self.array.dtype)
+
+    def each(self, measured: Callable[[Array], Any]) -> Any:
+        """Slice by slice where they are few."""
+        if not self.slices:
+            return lax.map(measured, lax.stop_gradient(self.array))
+        return jax.tree.map(lambda *each: jnp.stack(each), *map(measured, self.slices))
 
     def combine(self, factors: Array, usable: Array | None) -> Array:
         """Slice by slice, which XLA folds."""
@@ -134,13 +196,13 @@ class Whole(NamedTuple):
 
 
 def measure(
-    leaves: Sequence[Leaf], wanted: Sequence[bool], num_tasks: int, with_cosines: bool
+    leaves: Sequence[Leaf], wanted: Sequence[bool], num_tasks: int, reads: Reads
 ) -> Measurement:
-    """Norms, and cosines if they are needed, of the leaves that are wanted."""
+    """What a rule reads of the leaves that are wanted."""
     chosen = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf.tasks]
     whole = [leaf for leaf in chosen if isinstance(leaf, Whole)]
     kept = [leaf for leaf in chosen if not isinstance(leaf, Whole)]
-    looked_at = iter(_looks(kept, with_cosines))
+    looked_at = iter(_looks(kept, reads.cosines))
     norms_of_whole = iter(_safe_norms(whole))
     looks = [
         Look(next(norms_of_whole), None, jnp.array(False))
@@ -153,12 +215,57 @@ def measure(
     places = [i for i, want in enumerate(wanted) if want and leaves[i].tasks]
     for place, leaf, look in zip(places, chosen, looks, strict=True):
         norms[place] = _spread(look.norms, leaf.tasks, norms[place])
-        if with_cosines:
+        if reads.cosines:
             found = leaf.cosines(look.norms) if look.cosines is None else look.cosines
             cosines[place] = _spread(found, leaf.tasks, cosines[place])
     if not leaves:
         norms, cosines = jnp.zeros([0, num_tasks]), jnp.zeros([0, num_tasks, num_tasks])
-    return Measurement(jnp.array(norms), jnp.array(cosines) if with_cosines else None)
+    extra = {each.name: _of_leaves(each, leaves, wanted, num_tasks) for each in reads.statistics}
+    return Measurement(jnp.array(norms), jnp.array(cosines) if reads.cosines else None, extra)
+
+
+def _of_leaves(
+    statistic: Statistic, leaves: Sequence[Leaf], wanted: Sequence[bool], num_tasks: int
+) -> Any:
+    """A pytree of [leaves, K], 0 where a leaf is not wanted."""
+
+    def measured(gradient: Array) -> Any:
+        return as_statistic(statistic.name, "of_leaf", statistic.of_leaf(_wider(gradient)))
+
+    def of_leaf(leaf: Leaf, want: bool) -> Any:
+        # A task that has no gradient on a leaf has zeros there, and counts them.
+        zeros = jnp.zeros(leaf.of_one.shape, leaf.of_one.dtype)
+        of_none = (
+            measured(zeros)
+            if want
+            else jax.tree.map(jnp.zeros_like, jax.eval_shape(measured, zeros))
+        )
+        of_all = jax.tree.map(lambda each: jnp.full([num_tasks], each), of_none)
+        if not want or not leaf.tasks:
+            return of_all
+        return jax.tree.map(
+            lambda of_some, others: _spread(of_some, leaf.tasks, others),
+            leaf.each(measured),
+            of_all,
+        )
+
+    each = map(of_leaf, leaves, wanted)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+def as_statistic(name: str, function: str, values: Any) -> Any:
+    """As float32; ValueError unless they are scalars."""
+    for leaf in jax.tree.leaves(values):
+        if jnp.shape(leaf) != () or jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"{function} of the statistic {name!r} must return real scalars, got "
+                f"{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}."
+            )
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), values)
+
+
+def _wider(gradient: Array) -> Array:
+    return lax.stop_gradient(gradient.astype(wide(gradient)))
 
 
 def _looks(leaves: Sequence[Any], with_cosines: bool) -> list[Look]:
@@ -225,16 +332,23 @@ def whole_leaves(leaves: Sequence[Array]) -> list[Whole]:
 # Jitted, or every eager call would compile anew; inlined, or XLA would build the stack for it.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def measure_stacked(
-    leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int, with_cosines: bool
+    leaves: Sequence[Array], wanted: tuple[bool, ...], num_tasks: int, reads: Reads = _NORMS
 ) -> Measurement:
     """The measurement of gradients [K, ...]."""
-    return measure(whole_leaves(leaves), wanted, num_tasks, with_cosines)
+    return measure(whole_leaves(leaves), wanted, num_tasks, reads)
+
+
+def measure_one(
+    leaves: Sequence[Array], wanted: tuple[bool, ...], reads: Reads = _NORMS
+) -> Measurement:
+    """That of one task's gradient, without the axis of the tasks; it has no cosines."""
+    alone = [leaf[None] for leaf in lax.stop_gradient(leaves)]
+    return jax.tree.map(lambda each: each[:, 0], measure_stacked(alone, wanted, 1, reads))
 
 
 def norms_of(arrays: Sequence[Array]) -> Float[Array, " arrays"]:
     """The norm of each array."""
-    alone = [array[None] for array in arrays]
-    return measure_stacked(alone, (True,) * len(alone), 1, False).norms[:, 0]
+    return measure_one(arrays, (True,) * len(arrays)).norms
 
 
 def _scale_for(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -266,7 +380,7 @@ def combine_norms(
     chosen = jnp.where(measured[:, None], norms, 0)
     largest = jnp.max(chosen, axis=0, initial=0)
     divisor = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return divisor * jnp.sqrt(jnp.sum(jnp.square(chosen / divisor), axis=0))
+    return divisor * jnp.sqrt(jnp.sum(jnp.square(chosen / divisor[None]), axis=0))
 
 
 def combine_cosines(
@@ -274,11 +388,31 @@ def combine_cosines(
 ) -> Float[Array, "tasks tasks"]:
     """The cosines over all measured leaves, whose norms together are ``norms``."""
     assert measurement.cosines is not None
-    part = jnp.where(measured[:, None], measurement.norms, 0) / jnp.where(norms > 0, norms, 1)
+    divisor = jnp.where(norms > 0, norms, 1)[None]
+    part = jnp.where(measured[:, None], measurement.norms, 0) / divisor
     pairs = part[:, :, None] * part[:, None, :]
     # Chosen afterwards: zero times the NaN of a leaf that is not measured would be NaN.
     gram = jnp.sum(jnp.where(measured[:, None, None], pairs * measurement.cosines, 0), axis=0)
     return as_cosines(gram)
+
+
+def combine_extra(
+    statistics: Sequence[Statistic], measurement: Measurement, measured: Bool[Array, " leaves"]
+) -> dict[str, Any]:
+    """Each statistic [K] over all measured leaves."""
+
+    def combined(statistic: Statistic) -> Any:
+        of_leaves = jax.tree.map(
+            lambda each: jnp.where(measured[:, None], each, 0), measurement.extra[statistic.name]
+        )
+        if statistic.combine is None:
+            return of_leaves
+        combine = statistic.combine
+        return jax.vmap(
+            lambda of_task: as_statistic(statistic.name, "combine", combine(of_task)), in_axes=1
+        )(of_leaves)
+
+    return {statistic.name: combined(statistic) for statistic in statistics}
 
 
 def as_cosines(gram: Array) -> Float[Array, "tasks tasks"]:

@@ -16,11 +16,11 @@ from gaba_jax._state import (
     advance,
     check_state,
     init_state,
-    measures_gradients,
     needed_losses,
+    reads_of,
     task_presence,
 )
-from gaba_jax._statistics import measure_stacked, whole_leaves
+from gaba_jax._statistics import Reads, measure_stacked, whole_leaves
 from gaba_jax.weighting._base import Number, Weighting, check_weighting
 from gaba_jax.weighting._gradnorm import Variant
 from gaba_jax.weighting._stabilize import Floor
@@ -111,10 +111,10 @@ def balance(
         selection = select(shared, measure_on, like_params, weight_task_specific)
         leaves, structure = jax.tree.flatten(updates)
         measurement, usable = None, present
-        reads, drop = measures_gradients(weighting), nonfinite == "drop"
-        if reads or drop:
+        reads, drop = reads_of(weighting), nonfinite == "drop"
+        if reads is not None or drop:
             measurement = measure_stacked(
-                leaves, selection.wanted(every=drop), num_tasks, "cosines" in weighting.needs
+                leaves, selection.wanted(every=drop), num_tasks, reads or Reads()
             )
             if drop:
                 usable = present & jnp.all(jnp.isfinite(measurement.norms), axis=0)
@@ -122,7 +122,7 @@ def balance(
             weighting,
             selection,
             state,
-            measurement if reads else None,
+            None if reads is None else measurement,
             task_losses=task_losses,
             present=present,
             usable=usable,

@@ -15,4 +15,5 @@ MODES = {
     "runtime_checks": runtime_checks,
     "leaks": jax.checking_leaks,
     "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
 }

@@ -586,9 +586,8 @@ def test_whatever_the_weighting_needs(needs, measure):
 
     def update(stats, state):
         assert (stats.cosines is not None) == ("cosines" in needs)
-        numbers = jnp.stack(
-            [stats.norms, stats.losses if stats.losses is not None else jnp.ones(K)]
-        )
+        ones = jnp.ones(K)
+        numbers = jnp.stack([ones if x is None else x for x in (stats.norms, stats.losses)])
         if stats.cosines is not None:
             numbers = jnp.concatenate([numbers, stats.cosines])
         return jax.nn.softmax(numbers.sum(axis=0) / 100), numbers

@@ -16,7 +16,9 @@ SCALES = [1e-30, 1e-25, 1e-19, 1e-8, 1.0, 1e6, 1e18, 1e30]
 def measurement_of(leaves, with_cosines=False):
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     wanted = (True,) * len(leaves)
-    return _statistics.measure_stacked(leaves, wanted, leaves[0].shape[0], with_cosines)
+    return _statistics.measure_stacked(
+        leaves, wanted, leaves[0].shape[0], _statistics.Reads(with_cosines)
+    )
 
 
 def norms_of(leaves):

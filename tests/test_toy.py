@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import toy
-from gaba_jax.turbofan import compare
+from gaba_jax.turbofan import config
 
 jacobians = jax.jit(jax.vmap(jax.jacobian(toy.landscape)))
 
@@ -60,6 +60,6 @@ def test_quick(tmp_path, capsys):
 
 def test_every_rule_is_in_the_results():
     results = json.loads(toy.RESULT.read_text())["results"]
-    assert set(compare.rules()) <= set(results)
+    assert set(config.rules()) <= set(results)
     for table in toy.tables(results):
         assert all(f"| `{name}` |" in table for name in results)

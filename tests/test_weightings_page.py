@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import weightings_page
 from gaba_jax import weighting
-from gaba_jax.turbofan.compare import rules
+from gaba_jax.turbofan.config import rules
 from gaba_jax.weighting import TaskStats
 from tests.slow import rest_slow
 

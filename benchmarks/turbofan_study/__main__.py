@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from benchmarks.turbofan_study import _page
 from gaba_jax import weighting
-from gaba_jax.turbofan import compare, report
+from gaba_jax.turbofan import compare, config, report
 from gaba_jax.turbofan.train import Subset, TrainConfig
 
 HERE = Path(__file__).parent
@@ -76,7 +76,7 @@ def cells(subset: Subset, data: Path) -> list[compare.Cell]:
     base = TrainConfig(data=data, subset=subset, stride=stride)
 
     def cell(method: str, label: str = "", **changes: Any) -> compare.Cell:
-        rule = compare.parse_method(method)
+        rule = config.parse_method(method)
         return compare.Cell(
             f"{method}, {label}" if label else method, rule, dataclasses.replace(base, **changes)
         )
@@ -90,7 +90,7 @@ def cells(subset: Subset, data: Path) -> list[compare.Cell]:
         for method in ("uniform", "gaba", CURED)
     ]
     for method in ("gaba", CURED):
-        kept = keep_uniform_norm(compare.parse_method(method))
+        kept = keep_uniform_norm(config.parse_method(method))
         made.append(compare.Cell(f"{method}, norm kept", kept, base))
     made += [cell(method, loss="amnl") for method in ("uniform", "gaba")]
     made += [cell(method) for method in OTHERS]

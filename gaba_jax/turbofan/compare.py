@@ -1,12 +1,9 @@
 """Several weightings on the same engines, parameters and batches: runs that can be resumed."""
 
-import ast
 import dataclasses
-import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +12,7 @@ import numpy as np
 
 from gaba_jax import weighting
 from gaba_jax.monitor import task_metrics
-from gaba_jax.turbofan.config import TASKS, Subset, TrainConfig
+from gaba_jax.turbofan.config import Subset, TrainConfig, parse_method
 from gaba_jax.turbofan.data import TurbofanData
 from gaba_jax.turbofan.train import Run, load_data, train_seeds
 
@@ -34,58 +31,6 @@ class Cell(NamedTuple):
     def label(self) -> str:
         """The method, with its loss where that is not the usual one."""
         return self.method + ("" if self.config.loss == "mse" else f" + {self.config.loss}")
-
-
-def rules() -> dict[str, Callable[..., weighting.Weighting]]:
-    """The weightings that a name and options make: all that ``num_tasks`` is enough for."""
-    found = {}
-    for name in weighting.__all__:
-        rule = getattr(weighting, name)
-        if inspect.isfunction(rule):
-            first, *others = inspect.signature(rule).parameters.values()
-            optional = all(other.default is not other.empty for other in others)
-            if first.name == "num_tasks" and optional:
-                found[name] = rule
-    return found
-
-
-def parse_method(text: str) -> weighting.Weighting:
-    """A weighting from its name and options, with the norms measured whatever it reads.
-
-    Args:
-      text: ``"gaba"``, or ``"gaba:debias=true,warmup_steps=0"``.
-
-    Returns:
-      The weighting of the two tasks.
-
-    Raises:
-      ValueError: an unknown rule or option, or a value that the rule refuses.
-
-    Example:
-      >>> from gaba_jax.turbofan.compare import parse_method
-      >>> parse_method("gaba:debias=true,warmup_steps=0").num_tasks
-      2
-    """
-    name, _, listed = text.partition(":")
-    known = rules()
-    if name not in known:
-        raise ValueError(f"{text!r}: no weighting {name!r}. There are: {', '.join(sorted(known))}.")
-    options: dict[str, Any] = {}
-    for item in filter(None, re.split(r",(?=\w+=)", listed)):
-        key, equals, value = item.partition("=")
-        if key not in inspect.signature(known[name]).parameters or not equals:
-            takes = [p for p in inspect.signature(known[name]).parameters if p != "num_tasks"]
-            raise ValueError(f"{text!r}: {item!r} is no option of {name}, which takes {takes}.")
-        words = {"true": True, "false": False, "none": None}
-        try:
-            options[key] = words[value] if value in words else ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value  # a word, such as floor=project
-    try:
-        rule = known[name](len(TASKS), **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{text!r}: {error}") from error
-    return rule._replace(needs=rule.needs | {"norms"})
 
 
 def cells(

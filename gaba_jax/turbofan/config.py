@@ -1,7 +1,12 @@
 """What a training run is: data, model, rule and protocol, each with its default."""
 
+import ast
 import dataclasses
+import difflib
+import inspect
+import re
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,33 +14,6 @@ from gaba_jax import weighting
 
 TASKS = ("rul", "health")
 Subset = Literal["FD001", "FD002", "FD003", "FD004"]
-Rule = Literal[
-    "aligned_mtl",
-    "cagrad",
-    "config",
-    "dual_projection",
-    "dynamic_weight_average",
-    "fairgrad",
-    "famo",
-    "gaba",
-    "geometric_mean",
-    "gradnorm",
-    "gradvac",
-    "imtl_g",
-    "imtl_l",
-    "inverse_norm",
-    "inverse_share",
-    "mgda",
-    "nash_mtl",
-    "pcgrad",
-    "proportional_integral",
-    "random",
-    "scale_invariant",
-    "smooth_tchebycheff",
-    "uncertainty",
-    "uniform",
-    "upgrad",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +50,9 @@ class TrainConfig:
     """a network of 39 thousand parameters, or the published one of 3.5 million"""
     dropout: float = 0.1
     """share of the features dropped after each convolution of the full model"""
-    weighting: Rule = "gaba"
-    """how the two losses are weighted"""
+    weighting: str = "gaba"
+    """how the two losses are weighted: a rule of gaba_jax.weighting, options after a colon
+    (inverse_norm:power=0.5)"""
     gaba: GabaOptions = GabaOptions()
     shared: tuple[str, ...] = ()
     """names of the shared parameters; none given: found from the gradients"""
@@ -118,11 +97,70 @@ class TrainConfig:
     """of the simulated fleet, the validation engines, the parameters and the batches"""
 
 
+def rules() -> dict[str, Callable[..., weighting.Weighting]]:
+    """The weightings that a name and options make: all that ``num_tasks`` is enough for."""
+    found = {}
+    for name in weighting.__all__:
+        rule = getattr(weighting, name)
+        if inspect.isfunction(rule):
+            first, *others = inspect.signature(rule).parameters.values()
+            optional = all(other.default is not other.empty for other in others)
+            if first.name == "num_tasks" and optional:
+                found[name] = rule
+    return found
+
+
+def parse_method(text: str) -> weighting.Weighting:
+    """A weighting of the two tasks from its name and options.
+
+    Norms are always measured, so that any rule can be watched.
+
+    Args:
+      text: ``"gaba"``, or ``"gaba:debias=true,warmup_steps=0"``.
+
+    Returns:
+      The weighting of the two tasks.
+
+    Raises:
+      ValueError: an unknown rule or option, or a value that the rule refuses.
+
+    Example:
+      >>> from gaba_jax.turbofan.config import parse_method
+      >>> parse_method("gaba:debias=true,warmup_steps=0").num_tasks
+      2
+    """
+    name, _, listed = text.partition(":")
+    known = rules()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{text!r}: no weighting {name!r}.{hint} There are: {', '.join(sorted(known))}."
+        )
+    options: dict[str, Any] = {}
+    for item in filter(None, re.split(r",(?=\w+=)", listed)):
+        key, equals, value = item.partition("=")
+        if key not in inspect.signature(known[name]).parameters or not equals:
+            takes = [p for p in inspect.signature(known[name]).parameters if p != "num_tasks"]
+            raise ValueError(f"{text!r}: {item!r} is no option of {name}, which takes {takes}.")
+        words = {"true": True, "false": False, "none": None}
+        try:
+            options[key] = words[value] if value in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value  # a word, such as floor=project
+    try:
+        rule = known[name](len(TASKS), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{text!r}: {error}") from error
+    return rule._replace(needs=rule.needs | {"norms"})
+
+
 def make_weighting(config: TrainConfig) -> weighting.Weighting:
-    """The rule of a run. Norms are always measured, so that any rule can be watched."""
+    """The rule of a run, as :func:`parse_method`; of gaba with the options in ``config.gaba``."""
     if config.weighting == "gaba":
         rule = weighting.gaba(len(TASKS), **dataclasses.asdict(config.gaba))
-    elif config.gaba != GabaOptions():
+        return rule._replace(needs=rule.needs | {"norms"})
+    if config.gaba != GabaOptions():
         changed = [
             field.name
             for field in dataclasses.fields(GabaOptions)
@@ -132,9 +170,7 @@ def make_weighting(config: TrainConfig) -> weighting.Weighting:
             f"{', '.join(changed)}: options of the weighting gaba, without effect on "
             f"{config.weighting}. Leave them out, or take the weighting gaba."
         )
-    else:
-        rule = getattr(weighting, config.weighting)(len(TASKS))
-    return rule._replace(needs=rule.needs | {"norms"})
+    return parse_method(config.weighting)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

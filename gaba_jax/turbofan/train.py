@@ -17,7 +17,6 @@ from gaba_jax.turbofan._loop import Carry, Params, Stats, make_program
 from gaba_jax.turbofan.checkpoints import Checkpoints, Snapshot, Stopped
 from gaba_jax.turbofan.config import TASKS as TASKS
 from gaba_jax.turbofan.config import GabaOptions as GabaOptions
-from gaba_jax.turbofan.config import Rule as Rule
 from gaba_jax.turbofan.config import Subset as Subset
 from gaba_jax.turbofan.config import TrainConfig as TrainConfig
 from gaba_jax.turbofan.config import check_config, identity

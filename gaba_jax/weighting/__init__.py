@@ -8,7 +8,7 @@ A rule is made by calling it with the number of tasks, and runs in :func:`gaba_j
 >>> tx = optax.chain(balance(rule), optax.adamw(1e-3))
 """
 
-from gaba_jax._statistics import TaskStats
+from gaba_jax._statistics import Statistic, TaskStats
 from gaba_jax.weighting._aligned_mtl import aligned_mtl
 from gaba_jax.weighting._base import Weighting
 from gaba_jax.weighting._cagrad import cagrad
@@ -19,6 +19,7 @@ from gaba_jax.weighting._dynamic_weight_average import (
     DynamicWeightAverageState,
     dynamic_weight_average,
 )
+from gaba_jax.weighting._elements import max_abs, mean_abs, std
 from gaba_jax.weighting._fairgrad import fairgrad
 from gaba_jax.weighting._famo import FamoState, famo
 from gaba_jax.weighting._gaba import gaba
@@ -57,6 +58,7 @@ __all__ = [
     "RandomState",
     "SolverState",
     "StabilizeState",
+    "Statistic",
     "TaskStats",
     "UncertaintyState",
     "Weighting",
@@ -77,6 +79,8 @@ __all__ = [
     "imtl_l",
     "inverse_norm",
     "inverse_share",
+    "max_abs",
+    "mean_abs",
     "mgda",
     "nash_mtl",
     "normalized",
@@ -87,6 +91,7 @@ __all__ = [
     "scale_invariant",
     "smooth_tchebycheff",
     "stabilize",
+    "std",
     "uncertainty",
     "uniform",
     "upgrad",

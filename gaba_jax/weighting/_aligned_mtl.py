@@ -16,7 +16,6 @@ from gaba_jax.weighting._gramian import (
     shares,
     unit_gramian,
     usable,
-    with_absent,
 )
 from gaba_jax.weighting._solvers import eigen, significant
 
@@ -79,6 +78,6 @@ def aligned_mtl(
         factors = jnp.where(kept, jnp.sqrt(squared / jnp.where(kept, values, 1)), 0)
         present = among_present(priorities, stats)
         weights = vectors @ (factors * (jnp.where(counted, present, 0) @ vectors))
-        return with_absent(jnp.where(counted, weights, present), stats), state
+        return jnp.where(counted, weights, present), state
 
     return Weighting(num_tasks, NEEDS, optax.EmptyState, update, equal_weights(num_tasks))

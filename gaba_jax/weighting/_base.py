@@ -1,7 +1,7 @@
 """The Weighting interface, and what several rules need."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from gaba_jax._statistics import TaskStats
+from gaba_jax._statistics import Statistic, TaskStats
 
 Number = float | Array  # a Python number, or a scalar array that may be traced
 Vector = Array | np.ndarray
@@ -25,16 +25,18 @@ class Weighting(NamedTuple):
 
     Attributes:
       num_tasks: K.
-      needs: which of "norms", "cosines" and "losses" the rule reads. What no rule needs is not
-        measured.
+      needs: which of "norms", "cosines" and "losses" the rule reads, and any
+        :class:`Statistic`. What a rule does not need is not measured, and reading it is an error.
       init: ``() -> state``, a pytree of arrays with explicit dtypes.
       update: ``(stats, state) -> (task_weights [K], state)``, with ``stats`` a
         :class:`TaskStats`. It is called for accepted measurements only, so the norms are finite.
-        It returns a weight for absent tasks too: they are left out of the update afterwards.
+        A rule without memory returns 0 for absent tasks, and for the present ones what the same
+        rule of that many tasks returns. A weight that is no number rejects the measurement.
       initial_weights: [K], the weights before any measurement.
-      least_present: the fewest present tasks that a measurement is accepted of, default 2. With 1
-        each task's weight holds by itself: it is applied as it is, where others are rescaled to the
-        sum of all when tasks are absent.
+      least_present: the fewest present tasks that a measurement is accepted of, default 2.
+      absent: what the present tasks get where some are absent. "rescale" (default): their weights,
+        scaled to the sum of all K where that is positive. "each": their weights as they are, since
+        each weight holds by itself.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -48,11 +50,12 @@ class Weighting(NamedTuple):
     """
 
     num_tasks: int
-    needs: frozenset[str]
+    needs: frozenset[str | Statistic]
     init: Callable[[], Any]
     update: Callable[[TaskStats, Any], tuple[Array, Any]]
     initial_weights: ArrayLike
     least_present: int = 2
+    absent: Literal["rescale", "each"] = "rescale"
 
 
 def check_num_tasks(num_tasks: Any, least: int = 1) -> int:
@@ -113,17 +116,42 @@ def check_weighting(weighting: Any) -> None:
         )
     if not isinstance(weighting.needs, frozenset | set):
         raise ValueError(f'{weighting.needs=} must be a frozenset, such as frozenset({{"norms"}}).')
-    unknown = weighting.needs - {"norms", "cosines", "losses"}
+    statistics = statistics_of(weighting)
+    unknown = weighting.needs - {"norms", "cosines", "losses", *statistics}
     if unknown:
         raise ValueError(
-            f'{weighting.needs=} names {sorted(unknown)}; a rule can need "norms", "cosines" '
-            'and "losses".'
+            f'{weighting.needs=} names {sorted(map(str, unknown))}; a rule can need "norms", '
+            '"cosines", "losses" and any gaba_jax.weighting.Statistic.'
         )
+    names = [statistic.name for statistic in statistics]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two statistics of a weighting have one name: {names}.")
+    if weighting.absent not in ("rescale", "each"):
+        raise ValueError(f'{weighting.absent=} must be "rescale" or "each".')
     if np.shape(weighting.initial_weights) != (weighting.num_tasks,):
         raise ValueError(
             f"initial_weights must have shape ({weighting.num_tasks},), one per task, got shape "
             f"{np.shape(weighting.initial_weights)}."
         )
+
+
+def statistics_of(weighting: Weighting) -> tuple[Statistic, ...]:
+    """The statistics that a rule needs, by name."""
+    found = (need for need in weighting.needs if isinstance(need, Statistic))
+    return tuple(sorted(found, key=lambda statistic: statistic.name))
+
+
+def names_of_needs(weighting: Weighting) -> str:
+    """What a rule needs, for a message."""
+    names = (need.name if isinstance(need, Statistic) else need for need in weighting.needs)
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def name_of(weighting: Weighting) -> str:
+    """What the function is called that made the rule."""
+    function = getattr(weighting.update, "func", weighting.update)
+    names = getattr(function, "__qualname__", repr(function)).split(".<locals>.")
+    return names[-2] if len(names) > 1 else names[0]
 
 
 def equal_weights(num_tasks: int) -> np.ndarray:
@@ -180,14 +208,13 @@ def over_present(
     present: Bool[Array, " tasks"],
     priorities: Vector | None = None,
 ) -> Float[Array, " tasks"]:
-    """Raw weights >= 0, times the priorities, normalised over the present tasks.
+    """Raw weights >= 0, times the priorities, with sum 1 over the present tasks; 0 for others."""
+    return share_out(raw if priorities is None else raw * priorities, present, 1.0)
 
-    An absent task has its equal share 1/K.
-    """
-    num_tasks = raw.shape[0]
-    raw = raw if priorities is None else raw * priorities
-    shares = share_out(raw, present, jnp.sum(present).astype(jnp.float32) / num_tasks)
-    return jnp.where(present, shares, 1 / num_tasks)
+
+def equal_shares(present: Bool[Array, " tasks"]) -> Float[Array, " tasks"]:
+    """1/n for the n present tasks, 0 for others."""
+    return over_present(present.astype(jnp.float32), present)
 
 
 def task_losses(stats: TaskStats) -> Float[Array, " tasks"]:

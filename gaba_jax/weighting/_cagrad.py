@@ -18,7 +18,6 @@ from gaba_jax.weighting._gramian import (
     shares,
     unit_gramian,
     usable,
-    with_absent,
 )
 from gaba_jax.weighting._solvers import nonnegative_qp
 
@@ -90,9 +89,7 @@ def cagrad(
         weights = present + of_gradients(added * length, stats, 0)
         # Where the mean gradient vanishes, or there is one task, there is nothing to search for.
         usual = jnp.where((length > _CLOSE) & (num_tasks > 1), weights, present)
-        return with_absent(usual, stats), SolverState(
-            jnp.abs(distance - jnp.asarray(c, jnp.float32))
-        )
+        return usual, SolverState(jnp.abs(distance - jnp.asarray(c, jnp.float32)))
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))
 

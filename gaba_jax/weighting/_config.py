@@ -6,7 +6,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from gaba_jax._statistics import TaskStats
-from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
+from gaba_jax.weighting._base import (
+    Weighting,
+    check_num_tasks,
+    equal_shares,
+    equal_weights,
+)
 from gaba_jax.weighting._gramian import (
     NEEDS,
     of_gradients,
@@ -14,7 +19,6 @@ from gaba_jax.weighting._gramian import (
     shares,
     unit_gramian,
     usable,
-    with_absent,
 )
 from gaba_jax.weighting._solvers import minimum_norm_solution
 
@@ -66,6 +70,6 @@ def config(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
         exists = squared > _VANISHED
         length = relative_norms(stats) @ products / jnp.where(exists, squared, 1)
         weights = of_gradients(jnp.where(exists, solution * length, 0), stats, 0)
-        return with_absent(jnp.where(jnp.any(counted), weights, 1 / num_tasks), stats), state
+        return jnp.where(jnp.any(counted), weights, equal_shares(stats.present)), state
 
     return Weighting(num_tasks, NEEDS, optax.EmptyState, update, equal_weights(num_tasks))

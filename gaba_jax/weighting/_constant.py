@@ -44,4 +44,4 @@ def constant(num_tasks: int, weights: ArrayLike) -> Weighting:
         del stats
         return jnp.asarray(fixed), state
 
-    return Weighting(num_tasks, frozenset(), optax.EmptyState, update, fixed)
+    return Weighting(num_tasks, frozenset(), optax.EmptyState, update, fixed, absent="each")

@@ -15,7 +15,6 @@ from gaba_jax.weighting._gramian import (
     relative_norms,
     shares,
     unit_gramian,
-    with_absent,
 )
 from gaba_jax.weighting._solvers import nonnegative_qp
 
@@ -66,6 +65,6 @@ def dual_projection(num_tasks: int, *, task_priorities: ArrayLike | None = None)
         sizes = sizes / jnp.where(largest > 0, largest, 1)
         added, residual = nonnegative_qp(gramian, -gramian @ sizes)
         weights = of_gradients((sizes + added) * largest, stats, present)
-        return with_absent(weights, stats), SolverState(residual)
+        return weights, SolverState(residual)
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

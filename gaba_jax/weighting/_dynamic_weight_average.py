@@ -59,8 +59,8 @@ def dynamic_weight_average(
 
     Returns:
       A :class:`Weighting` with a :class:`DynamicWeightAverageState`; it needs ``task_losses`` at
-      update and measures no gradients. The weights are positive and sum to K. A task absent for a
-      whole window keeps its mean and its ratio.
+      update and measures no gradients. The weights are positive and sum to K, or to the number of
+      present tasks. A task absent for a whole window keeps its mean and its ratio.
 
     Raises:
       ValueError: ``temperature`` is not positive and finite, or ``window`` no whole number >= 1.
@@ -99,7 +99,8 @@ def dynamic_weight_average(
         stats: TaskStats, state: DynamicWeightAverageState
     ) -> tuple[Array, DynamicWeightAverageState]:
         logits = state.loss_ratios / jnp.asarray(temperature, jnp.float32)
-        weights = num_tasks * jax.nn.softmax(logits)
+        count = jnp.sum(stats.present).astype(jnp.float32)
+        weights = count * jax.nn.softmax(jnp.where(stats.present, logits, -jnp.inf))
         counts = state.window_counts + stats.present.astype(jnp.int32)
         part = 1 / jnp.maximum(counts, 1).astype(jnp.float32)
         means = (1 - part) * state.window_means + part * task_losses(stats)
@@ -117,4 +118,5 @@ def dynamic_weight_average(
         at_end = filling.window_step >= window
         return weights, jax.tree.map(lambda new, old: jnp.where(at_end, new, old), full, filling)
 
-    return Weighting(num_tasks, frozenset({"losses"}), init, update, np.ones(num_tasks, np.float32))
+    ones = np.ones(num_tasks, np.float32)
+    return Weighting(num_tasks, frozenset({"losses"}), init, update, ones, absent="each")

@@ -9,6 +9,7 @@ from gaba_jax.weighting._base import (
     Weighting,
     check_num_tasks,
     check_positive,
+    equal_shares,
     equal_weights,
 )
 from gaba_jax.weighting._gramian import (
@@ -19,7 +20,6 @@ from gaba_jax.weighting._gramian import (
     relative_norms,
     unit_gramian,
     usable,
-    with_absent,
 )
 from gaba_jax.weighting._solvers import power_equation
 
@@ -78,7 +78,7 @@ def fairgrad(num_tasks: int, *, alpha: Number = 2.0) -> Weighting:
         scale = jnp.minimum(scale, _LARGEST_SCALE)
         weights = of_gradients(point, stats, 0) * scale
         fair = usable(stats) & (num_tasks > 1)  # a single task has nothing to share
-        weights = with_absent(jnp.where(fair, weights, 1 / num_tasks), stats)
+        weights = jnp.where(fair, weights, equal_shares(stats.present))
         return weights, SolverState(residual)
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

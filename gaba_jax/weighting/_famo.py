@@ -18,7 +18,6 @@ from gaba_jax.weighting._base import (
     check_optimizer,
     descend,
     equal_weights,
-    over_present,
     share_out,
     task_losses,
     task_vector,
@@ -153,7 +152,9 @@ def famo(
         # c z_i / (L_i - b_i) as one softmax: nothing overflows.
         known = seen | read
         weights = jax.nn.softmax(jnp.where(known, logits - log_losses, -1e30))
-        return over_present(weights, known), FamoState(
+        part = jnp.sum(known).astype(jnp.float32) / num_tasks
+        weights = jnp.where(known, share_out(weights, known, part), 1 / num_tasks)
+        return weights, FamoState(
             logits=logits,
             optimizer_state=optimizer_state,
             log_losses=log_losses,

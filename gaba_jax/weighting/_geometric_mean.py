@@ -10,7 +10,6 @@ from gaba_jax.weighting._base import (
     Weighting,
     check_num_tasks,
     equal_weights,
-    over_present,
     task_losses,
 )
 
@@ -66,7 +65,7 @@ def geometric_mean(num_tasks: int) -> Weighting:
         logs = jnp.log(jnp.where(counted, losses, 1))
         relative = jnp.minimum(jnp.sum(logs) / count - logs, jnp.log(LARGEST))
         weights = jnp.where(counted, jnp.exp(relative) / count, 0)
-        return jnp.sum(weights) * over_present(weights, stats.present), state
+        return weights, state
 
     return Weighting(
         num_tasks, frozenset({"losses"}), optax.EmptyState, update, equal_weights(num_tasks)

@@ -192,7 +192,14 @@ def gradnorm(
             initial_losses=initial,
         )
 
-    return Weighting(num_tasks, frozenset({"norms", "losses"}), init, update, initial_weights)
+    return Weighting(
+        num_tasks,
+        frozenset({"norms", "losses"}),
+        init,
+        update,
+        initial_weights,
+        absent="each" if total is None else "rescale",
+    )
 
 
 def gradnorm_balance_point(

@@ -75,7 +75,8 @@ def gradvac(num_tasks: int, *, beta: Number = 0.01, seed: int | Array = 0) -> We
         changed, usual = turn(stats, draw, state.usual_cosines, jnp.asarray(beta, jnp.float32))
         return of_sum(changed, stats), GradVacState(key_data, usual)
 
-    return Weighting(num_tasks, NEEDS, init, update, np.ones(num_tasks, np.float32))
+    ones = np.ones(num_tasks, np.float32)
+    return Weighting(num_tasks, NEEDS, init, update, ones, absent="each")
 
 
 @jax.jit
@@ -111,5 +112,6 @@ def turn(
 
 
 def of_sum(turned: Float[Array, "tasks tasks"], stats: TaskStats) -> Float[Array, " tasks"]:
-    """The weights of the sum of the turned gradients; 1 for tasks without a gradient."""
-    return of_gradients(relative_norms(stats) @ turned, stats, 1)
+    """The weights of the sum of the turned gradients; 1 for present tasks without a gradient."""
+    otherwise = stats.present.astype(jnp.float32)
+    return of_gradients(relative_norms(stats) @ turned, stats, otherwise)

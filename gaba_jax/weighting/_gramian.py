@@ -71,14 +71,3 @@ def of_gradients(
     """
     norms = jnp.maximum(relative_norms(stats), _SMALLEST)
     return jnp.where(usable(stats), coefficients / norms, otherwise)
-
-
-def with_absent(weights: Float[Array, " tasks"], stats: TaskStats) -> Float[Array, " tasks"]:
-    """Gives absent tasks the mean weight, and the sum of all stays that of the present ones.
-
-    For rules whose sum is free: rescaled to it, the present tasks have what was solved for them.
-    """
-    present = stats.present
-    mean = jnp.sum(jnp.where(present, weights, 0)) / present.size
-    part = jnp.sum(present).astype(jnp.float32) / present.size
-    return jnp.where(present, weights * part, mean)

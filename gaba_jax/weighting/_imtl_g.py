@@ -5,7 +5,12 @@ import optax
 from jaxtyping import Array
 
 from gaba_jax._statistics import TaskStats
-from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights
+from gaba_jax.weighting._base import (
+    Weighting,
+    check_num_tasks,
+    equal_shares,
+    equal_weights,
+)
 from gaba_jax.weighting._gramian import NEEDS, of_gradients, unit_gramian, usable
 from gaba_jax.weighting._solvers import ridge_solution
 
@@ -55,6 +60,7 @@ def imtl_g(num_tasks: int) -> Weighting:
         raw = of_gradients(solution, stats, 0)
         sum_, size = jnp.sum(raw), jnp.sum(jnp.abs(raw))
         known = jnp.abs(sum_) > _VANISHED * size
-        return jnp.where(known, raw / jnp.where(known, sum_, 1), 1 / num_tasks), state
+        weights = raw / jnp.where(known, sum_, 1)
+        return jnp.where(known, weights, equal_shares(stats.present)), state
 
     return Weighting(num_tasks, NEEDS, optax.EmptyState, update, equal_weights(num_tasks))

@@ -58,4 +58,5 @@ def pcgrad(num_tasks: int, *, seed: int | Array = 0) -> Weighting:
         turned, _ = turn(stats, draw, still, jnp.zeros([], jnp.float32))
         return of_sum(turned, stats), RandomState(key_data)
 
-    return Weighting(num_tasks, NEEDS, init, update, np.ones(num_tasks, np.float32))
+    ones = np.ones(num_tasks, np.float32)
+    return Weighting(num_tasks, NEEDS, init, update, ones, absent="each")

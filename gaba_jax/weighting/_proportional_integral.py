@@ -135,7 +135,9 @@ def proportional_integral(
         stats: TaskStats, state: ProportionalIntegralState
     ) -> tuple[Array, ProportionalIntegralState]:
         present = stats.present
+        count = jnp.maximum(jnp.sum(present), 1).astype(jnp.float32)
         balanced, _ = inverse_norm(num_tasks).update(stats, optax.EmptyState())
+        balanced = jnp.where(present, balanced * count, 1) / num_tasks
         # Of a task without a gradient nothing is known yet: inverse_norm would give it everything.
         starts = ~state.started & jnp.all((stats.norms > 0) | ~present)
         weights = jnp.where(starts, balanced, state.controlled_weights)
@@ -143,7 +145,6 @@ def proportional_integral(
         largest = jnp.max(stats.norms)
         contributions = weights * (stats.norms / jnp.where(largest > 0, largest, 1))
         shares = share_out(contributions, present, 1.0)
-        count = jnp.maximum(jnp.sum(present), 1).astype(jnp.float32)
         error = jnp.where(present, 1 / count - shares, 0)
         gain_p, gain_i = jnp.asarray(kp, jnp.float32), jnp.asarray(ki, jnp.float32)
         logs = before + (gain_p + gain_i) * error

@@ -56,4 +56,4 @@ def rescaled(weighting: Weighting, total: Number) -> Weighting:
         return rescale(jnp.asarray(weights, jnp.float32)), state
 
     initial_weights = rescale(as_float32(weighting.initial_weights))
-    return weighting._replace(update=update, initial_weights=initial_weights)
+    return weighting._replace(update=update, initial_weights=initial_weights, absent="rescale")

@@ -10,7 +10,6 @@ from gaba_jax.weighting._base import (
     LARGEST,
     Weighting,
     check_num_tasks,
-    over_present,
     task_losses,
 )
 
@@ -25,10 +24,8 @@ def scale_invariant(num_tasks: int) -> Weighting:
 
     When not to use it: as the losses fall the updates grow (unless the optimizer normalises, as
     Adam does; or take ``rescaled(scale_invariant(K), 1.0)``), and a loss near 0 takes the whole
-    update. With noisy minibatches a loss that is small by chance has a large weight. Between
-    measurements (``every`` > 1) and under ``measure="lagged"`` the others take over the last weight
-    of an absent task, however large. Unequal gradients of equal losses are left unequal: see
-    :func:`inverse_share`.
+    update. With noisy minibatches a loss that is small by chance has a large weight. Unequal
+    gradients of equal losses are left unequal: see :func:`inverse_share`.
 
     Args:
       num_tasks: number of tasks K.
@@ -59,8 +56,9 @@ def scale_invariant(num_tasks: int) -> Weighting:
         losses = task_losses(stats)
         counted = stats.present & (losses > 0)
         weights = jnp.where(counted, 1 / jnp.maximum(losses, 1 / LARGEST), 0)
-        return jnp.sum(weights) * over_present(weights, stats.present), state
+        return weights, state
 
+    ones = np.ones(num_tasks, np.float32)
     return Weighting(
-        num_tasks, frozenset({"losses"}), optax.EmptyState, update, np.ones(num_tasks, np.float32)
+        num_tasks, frozenset({"losses"}), optax.EmptyState, update, ones, absent="each"
     )

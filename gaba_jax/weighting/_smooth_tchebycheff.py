@@ -12,9 +12,9 @@ from gaba_jax.weighting._base import (
     Weighting,
     check_num_tasks,
     check_positive,
+    equal_shares,
     equal_weights,
     over_present,
-    share_out,
     task_losses,
     task_vector,
 )
@@ -47,8 +47,8 @@ def smooth_tchebycheff(
     Args:
       num_tasks: number of tasks K.
       mu: the smoothing > 0, in units of :math:`p_i (L_i - z_i)`, default 1.
-      preferences: [K] positive, default 1/K each, the paper's uniform preference. Taken as they
-        are: the paper's sum to 1.
+      preferences: [K] positive, default 1/K each, the paper's uniform preference (1/n each while n
+        tasks are present). Taken as they are: the paper's sum to 1.
       ideal: [K] finite, the lowest loss within reach of each task, default 0.
 
     Returns:
@@ -75,20 +75,18 @@ def smooth_tchebycheff(
     check_num_tasks(num_tasks)
     check_positive("mu", mu)
     given = task_vector("preferences", preferences, num_tasks)
-    preferred = equal_weights(num_tasks) if given is None else given
-    given = task_vector("ideal", ideal, num_tasks, positive=False)
-    lowest = np.zeros(num_tasks, np.float32) if given is None else given
+    floor = task_vector("ideal", ideal, num_tasks, positive=False)
+    lowest = np.zeros(num_tasks, np.float32) if floor is None else floor
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
+        preferred = equal_shares(stats.present) if given is None else jnp.asarray(given)
         excess = preferred * (task_losses(stats) - lowest)
         excess = jnp.clip(excess, -_LARGEST_EXCESS, _LARGEST_EXCESS)
         # Below the worst task, before the division: a small mu then costs no accuracy.
         below = excess - jnp.max(jnp.where(stats.present, excess, -_LARGEST_EXCESS))
         tiny = jnp.finfo(jnp.float32).tiny
         powers = jnp.minimum(below, 0) / jnp.maximum(jnp.asarray(mu, jnp.float32), tiny)
-        weights = jnp.asarray(preferred) * share_out(jnp.exp(powers), stats.present, 1.0)
-        return jnp.sum(weights) * over_present(weights, stats.present), state
+        return preferred * over_present(jnp.exp(powers), stats.present), state
 
-    return Weighting(
-        num_tasks, frozenset({"losses"}), optax.EmptyState, update, preferred / num_tasks
-    )
+    start = equal_weights(num_tasks) if given is None else given
+    return Weighting(num_tasks, frozenset({"losses"}), optax.EmptyState, update, start / num_tasks)

@@ -183,6 +183,7 @@ def stabilize(
         update,
         equal_weights(num_tasks),
         least_present=1 if alone else 2,
+        absent="each" if alone else "rescale",
     )
 
 

@@ -95,4 +95,5 @@ def uncertainty(
         kept = jnp.where(stats.present, learned, log_variances)
         return weights, UncertaintyState(kept, optimizer_state)
 
-    return Weighting(num_tasks, frozenset({"losses"}), init, update, np.ones(num_tasks, np.float32))
+    ones = np.ones(num_tasks, np.float32)
+    return Weighting(num_tasks, frozenset({"losses"}), init, update, ones, absent="each")

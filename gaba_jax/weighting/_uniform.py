@@ -23,4 +23,5 @@ def uniform(num_tasks: int) -> Weighting:
       >>> weighting.uniform(4).initial_weights
       array([0.25, 0.25, 0.25, 0.25], dtype=float32)
     """
-    return constant(check_num_tasks(num_tasks), equal_weights(num_tasks))
+    equal = constant(check_num_tasks(num_tasks), equal_weights(num_tasks))
+    return equal._replace(absent="rescale")

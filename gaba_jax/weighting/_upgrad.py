@@ -16,7 +16,6 @@ from gaba_jax.weighting._gramian import (
     relative_norms,
     shares,
     unit_gramian,
-    with_absent,
 )
 from gaba_jax.weighting._solvers import nonnegative_qp
 
@@ -69,6 +68,6 @@ def upgrad(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
         present = among_present(priorities, stats)
         sizes = present * relative_norms(stats)
         weights = of_gradients(sizes + sizes @ added, stats, present)
-        return with_absent(weights, stats), SolverState(jnp.max(residuals))
+        return weights, SolverState(jnp.max(residuals))
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gaba_jax.turbofan import compare, report
+from gaba_jax.turbofan import compare, config, report
 from gaba_jax.turbofan.train import TrainConfig, load_data, train, train_seeds
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -26,10 +26,10 @@ def finished(tmp_path_factory):
 class TestMethods:
     def test_options(self):
         text = "gaba:beta=0.5,floor=project,debias=true,task_priorities=(1.0,2.0),warmup_steps=0"
-        rule = compare.parse_method(text)
+        rule = config.parse_method(text)
         assert rule.num_tasks == 2
-        assert "norms" in compare.parse_method("uniform").needs
-        default = compare.parse_method("gaba")
+        assert "norms" in config.parse_method("uniform").needs
+        default = config.parse_method("gaba")
         state, changed = default.init(), rule.init()
         assert state.ema_mass == 1
         assert changed.ema_mass == 0  # debiased
@@ -37,7 +37,7 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("gabba", r"no weighting 'gabba'. There are: .*gaba, .*uniform"),
+            ("gabba", r"no weighting 'gabba'. Did you mean 'gaba'. There are: .*gaba, .*uniform"),
             ("gaba:betta=0.5", r"'betta=0.5' is no option of gaba, which takes \['beta'"),
             ("gaba:beta", r"'beta' is no option"),
             ("gaba:beta=2", r"'gaba:beta=2': .*beta"),
@@ -47,7 +47,7 @@ class TestMethods:
     )
     def test_mistakes(self, text, message):
         with pytest.raises(ValueError, match=message):
-            compare.parse_method(text)
+            config.parse_method(text)
 
 
 class TestRuns:

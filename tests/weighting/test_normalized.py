@@ -80,7 +80,8 @@ def test_absent_tasks_as_in_the_inverse_norm(weigh, present):
     norms = np.where(present, [3.0, 0.2, 0.7], 0)
     actual = weigh(weighting.normalized(weighting.uniform(3)), norms, present=jnp.array(present))
     expected = weigh(weighting.inverse_norm(3), norms, present=jnp.array(present))
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    actual = np.where(present, actual, 0)  # what is applied is rescaled to those present
+    np.testing.assert_allclose(actual / actual.sum(), expected, rtol=1e-6)
 
 
 def test_norms_sixty_orders_apart(weigh):
