@@ -61,6 +61,7 @@ def balanced_value_and_grad(
     measure_on: Selector | None = None,
     weight_task_specific: bool = True,
     nonfinite: Nonfinite = "propagate",
+    per_device: bool = False,
 ) -> BalancedGradient:
     r"""Evaluates K losses and their one balanced gradient, from one forward pass.
 
@@ -112,6 +113,9 @@ def balanced_value_and_grad(
       weight_task_specific: see :func:`balance`.
       nonfinite: "propagate" (default), or "drop"; see :func:`balance`. "drop" needs losses that are
         returned apart (tuple, list, dict) and no ``encoder``.
+      per_device: True says that every device has a model of its own, inside ``jax.pmap`` or
+        ``jax.shard_map(check_vma=False)``. By default both raise, since each device would measure
+        its own part of the batch and JAX does not tell.
 
     Returns:
       A :class:`BalancedGradient`. ``value_and_grad(params, state, *args, task_mask=None,
@@ -164,6 +168,7 @@ def balanced_value_and_grad(
         measure_on,
         weight_task_specific,
         nonfinite,
+        per_device,
     )
     return BalancedGradient(driver.init, driver.value_and_grad)
 
@@ -182,6 +187,7 @@ class _Driver(NamedTuple):
     measure_on: Selector | None
     weight_task_specific: bool
     nonfinite: Nonfinite
+    per_device: bool
 
     def init(self, params: Any) -> BalanceState:
         select(self.shared, self.measure_on, params)
@@ -240,7 +246,7 @@ class _Driver(NamedTuple):
                 f"losses_fn returned {run.losses.shape[0]} losses, but the weighting has "
                 f"num_tasks={num_tasks}: give the weighting the number of losses."
             )
-        _check_manual_axes(run.losses)
+        _check_manual_axes(run.losses, self.per_device)
         if self.nonfinite == "drop" and not run.apart:
             raise ValueError(
                 'nonfinite="drop" needs the losses apart: return a tuple, a list or a dict instead '
@@ -341,7 +347,10 @@ class _Update(NamedTuple):
         """What is measured, and the sum over the usable tasks, one gradient at a time."""
         num_tasks = self.driver.weighting.num_tasks
         weights = restrict(self.driver.weighting, self.state.next_task_weights, usable)
-        factors = jnp.array(self.selection.coefficients(weights, usable)).reshape(-1, num_tasks)
+        factors = self.selection.coefficients(weights, usable)
+        over = [each is None for each in factors]
+        factors = jnp.array([weights if each is None else each for each in factors])
+        factors = factors.reshape(-1, num_tasks)
         one_at_a_time = [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
         wanted = self.selection.wanted(self._drop())
 
@@ -356,7 +365,10 @@ class _Update(NamedTuple):
             ]
             if self.apart:
                 terms = [jnp.where(used, term, 0) for term in terms]
-            total = [t + term for t, term in zip(total, terms, strict=True)]
+            total = [
+                jnp.maximum(t, g.astype(t.dtype)) if o else t + term
+                for o, t, g, term in zip(over, total, grads, terms, strict=True)
+            ]
             return total, measure_one(grads, wanted, reads)
 
         leaves, structure = jax.tree.flatten(self.params)
@@ -366,16 +378,30 @@ class _Update(NamedTuple):
         return of_tasks(each), structure.unflatten(total)
 
 
-def _check_manual_axes(losses: Array) -> None:
-    # Where jax does not tell by this name, the backward pass fails with an error of its own.
-    manual = getattr(jax.typeof(losses), "manual_axis_type", None)
-    if axes := getattr(manual, "varying", ()):
+def _check_manual_axes(losses: Array, per_device: bool) -> None:
+    if axes := _varying(losses):
         raise ValueError(
             f"the losses differ along {sorted(axes)}, mesh axes of jax.shard_map: norms must "
             "be those of the mean gradient. Average each loss in losses_fn, with "
             f"jax.lax.pmean(loss, {tuple(sorted(axes))}); for a model on each device pass "
-            "check_vma=False to shard_map."
+            "check_vma=False to shard_map, and per_device=True here."
         )
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    unknown = [axis for axis in manual if axis not in _varying(lax.axis_index(axis))]
+    if unknown and not per_device:
+        raise ValueError(
+            f"inside jax.pmap or jax.shard_map(check_vma=False), along {unknown}, each device "
+            "would measure the gradients of its own part of the batch, and have weights of its "
+            "own. Take task_value_and_grad, average the stacked gradients with jax.lax.pmean, and "
+            "pass them to balance(...).update, which is exact; or jax.jit with a sharded batch. "
+            "per_device=True says that each device has a model of its own."
+        )
+
+
+def _varying(array: Array) -> frozenset[str]:
+    # Where jax does not tell by this name, the backward pass fails with an error of its own.
+    manual = getattr(jax.typeof(array), "manual_axis_type", None)
+    return getattr(manual, "varying", frozenset())
 
 
 def _is_array(leaf: Any) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -102,9 +103,24 @@ def check_inexact(tree: Any, what: str, remedy: str) -> None:
 
 def check_losses(losses: Any) -> None:
     """Raises ValueError on losses that are not K real scalars."""
-    leaves = jax.tree.leaves_with_path(losses)
+    if isinstance(losses, tuple) and len(losses) == 2:
+        first = losses[0]
+        if isinstance(first, tuple | list | dict) or np.ndim(first) == 1:
+            raise ValueError(
+                "losses_fn returned a pair whose first item holds several losses, as (losses, aux) "
+                "does: pass has_aux=True, or all that is in it would be balanced and minimised. "
+                "Return K losses flat: a tuple, list or dict of scalars, or a [K] array."
+            )
+    leaves = jax.tree.leaves_with_path(losses, is_leaf=lambda leaf: leaf is None)
     if not leaves:
         raise ValueError("losses_fn returned no losses.")
+    for path, loss in leaves:
+        if loss is None:
+            raise ValueError(
+                f"loss {path_name(path)!r} is None. A task without labels in a batch keeps its "
+                "place: return any finite number for it, such as 0.0, and leave it out of the "
+                "update with task_mask=, False for that task."
+            )
     if len(leaves) == 1 and leaves[0][1] is losses and jnp.shape(losses) == ():
         raise ValueError(
             "losses_fn returned one scalar; return the K task losses apart, as a tuple, a dict or "

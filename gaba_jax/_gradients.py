@@ -19,6 +19,7 @@ from gaba_jax._statistics import (
     measure,
     measure_one,
     measure_stacked,
+    weighted,
     whole_leaves,
 )
 
@@ -28,13 +29,13 @@ class TaskGradients(NamedTuple):
 
     Attributes:
       measure: ``(wanted leaves, what is read of them) -> Measurement``.
-      combine: ``(per leaf the [K] factors, [K] the tasks that may be read or None for all) ->``
-        the leaves of the update.
+      combine: ``(per leaf the [K] factors or None where it is overwritten, [K] the tasks that may
+        be read or None for all) ->`` the leaves of the update.
       selection: of the leaves that are measured.
     """
 
     measure: Callable[[tuple[bool, ...], Reads], Measurement]
-    combine: Callable[[Sequence[Array], Array | None], list[Array]]
+    combine: Callable[[Sequence[Array | None], Array | None], list[Array]]
     selection: Selection
 
 
@@ -56,7 +57,8 @@ def task_gradients(
         if apart or (reads is not None and reads.cosines):
             return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
         return pulled(run, functools.partial(_one_by_one, run), selection)
-    program = _understood(run, num_tasks)
+    # What is overwritten does not follow from the cotangents, which a cut goes by.
+    program = None if any(selection.overwritten) else _understood(run, num_tasks)
     if program is None or (apart and run.apart and program.mixes()):
         if reads is None and not apart:
             return pulled(run, _nothing, selection)
@@ -81,9 +83,9 @@ def task_gradients(
 def kept(leaves: Sequence[Leaf], num_tasks: int, selection: Selection) -> TaskGradients:
     """Gradients that are there, leaf by leaf."""
 
-    def combine(factors: Sequence[Array], usable: Array | None) -> list[Array]:
+    def combine(factors: Sequence[Array | None], usable: Array | None) -> list[Array]:
         return [
-            leaf.combine(*_of(leaf.tasks, each, usable))
+            weighted(leaf, *_of(leaf.tasks, each, usable))
             for leaf, each in zip(leaves, factors, strict=True)
         ]
 
@@ -94,16 +96,19 @@ def kept(leaves: Sequence[Leaf], num_tasks: int, selection: Selection) -> TaskGr
     )
 
 
-def _of(tasks: tuple[int, ...], factors: Array, usable: Array | None) -> Any:
+def _of(tasks: tuple[int, ...], *values: Array | None) -> list[Array | None]:
     at = np.array(tasks, int)
-    return factors[at], None if usable is None else usable[at]
+    return [None if each is None else each[at] for each in values]
 
 
 def pulled(run: Pass, measured: Callable[..., Measurement], selection: Selection) -> TaskGradients:
     """Gradients that are not there: their sum is one backward pass with the weights."""
 
-    def combine(factors: Sequence[Array], usable: Array | None) -> list[Array]:
+    def combine(factors: Sequence[Array | None], usable: Array | None) -> list[Array]:
         del usable
+        # What is overwritten has its value from the very pass that the others are from.
+        given = next(each for each in factors if each is not None)
+        factors = [given if each is None else each for each in factors]
         different = {id(each): each for each in factors}
         of_each = {key: jax.tree.leaves(run.pull_back(each)) for key, each in different.items()}
         return [of_each[id(each)][i] for i, each in enumerate(factors)]

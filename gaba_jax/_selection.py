@@ -11,15 +11,22 @@ from jaxtyping import Array
 
 from gaba_jax._checks import leaf_names
 
+# Flax's collection of leaves whose "gradients" are new values: the scales of fp8 layers.
+OVERWRITTEN = "_overwrite_with_gradient"
 Selector = Any  # a pytree of bools, or a callable params -> pytree of bools
 
 
 class Selection(NamedTuple):
-    """Static, per leaf in tree order. ``shared`` is None where the gradients are to tell."""
+    """Static, per leaf in tree order. ``shared`` is None where the gradients are to tell.
+
+    What is ``overwritten`` with its gradient is neither shared nor measured nor weighted; () is
+    none.
+    """
 
     shared: tuple[bool, ...] | None
     measure_on: tuple[bool, ...]
     weight_task_specific: bool = True
+    overwritten: tuple[bool, ...] = ()
 
     def wanted(self, every: bool = False) -> tuple[bool, ...]:
         """The leaves whose norms somebody reads; all of them with ``every``."""
@@ -29,11 +36,14 @@ class Selection(NamedTuple):
             return self.measure_on
         return tuple(s and m for s, m in zip(self.shared, self.measure_on, strict=True))
 
-    def coefficients(self, task_weights: Array, usable: Array) -> list[Array]:
-        """Per leaf the [K] factors of the task gradients."""
+    def coefficients(self, task_weights: Array, usable: Array) -> list[Array | None]:
+        """Per leaf the [K] factors of the task gradients; None for those that are overwritten."""
         plain = usable.astype(task_weights.dtype)
         shared = self.shared or (True,) * len(self.measure_on)
-        return [task_weights if s or self.weight_task_specific else plain for s in shared]
+        return [
+            None if over else task_weights if s or self.weight_task_specific else plain
+            for s, over in zip(shared, self.overwritten or (False,) * len(shared), strict=True)
+        ]
 
 
 class _ByName:
@@ -146,7 +156,12 @@ def select(
                 f"{shared=} and {measure_on=} have no leaf in common, so there is nothing to "
                 f"measure. The paths are: {', '.join(paths)}"
             )
-    return Selection(shared_mask, measure_mask, weight_task_specific)
+    over = tuple(OVERWRITTEN in path.split(".") for path in paths)
+    shared_mask, measure_mask = (
+        mask and tuple(chosen and not o for chosen, o in zip(mask, over, strict=True))
+        for mask in (shared_mask, measure_mask)
+    )
+    return Selection(shared_mask, measure_mask, weight_task_specific, over)
 
 
 def _resolve(

@@ -71,8 +71,8 @@ def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
     )
 
 
-def check_state(state: BalanceState, num_leaves: int, weighting: Weighting) -> None:
-    """Raises ValueError on a state of other parameters, another number of tasks or another rule."""
+def leaves_of(state: Any) -> int:
+    """The number of parameter leaves that a state is of; ValueError where it is no state."""
     if not isinstance(state, BalanceState):
         raise ValueError(
             f"the state must be a BalanceState, got a {type(state).__name__}. A checkpoint that is "
@@ -80,6 +80,12 @@ def check_state(state: BalanceState, num_leaves: int, weighting: Weighting) -> N
             "structure that init(params) makes, or rebuild it with BalanceState(**restored) and "
             "its weighting_state likewise."
         )
+    return jnp.shape(state.seen_by_task)[0]
+
+
+def check_state(state: Any, num_leaves: int, weighting: Weighting) -> None:
+    """Raises ValueError on a state of other parameters, another number of tasks or another rule."""
+    leaves_of(state)
     shape, num_tasks = jnp.shape(state.seen_by_task), weighting.num_tasks
     if shape != (num_leaves, num_tasks):
         raise ValueError(

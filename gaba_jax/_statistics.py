@@ -316,6 +316,18 @@ def _spread(of_some: Array, tasks: tuple[int, ...], others: Array) -> Array:
     return others.at[np.ix_(*[np.array(tasks)] * others.ndim)].set(of_some)
 
 
+def weighted(leaf: Leaf, factors: Array | None, usable: Array | None) -> Array:
+    """``sum_i factors[i] g_i``; of a leaf that is overwritten the largest value of any task."""
+    if factors is not None:
+        return leaf.combine(factors, usable)
+    # Of scales and histories of largest elements the largest is safe for every task.
+    each = leaf.each(lambda gradient: gradient)
+    if usable is not None:
+        left_out = each_task(~usable & jnp.any(usable), each)
+        each = jnp.where(left_out, jnp.zeros_like(each), each)
+    return jnp.max(each, axis=0)
+
+
 def whole_leaves(leaves: Sequence[Array]) -> list[Whole]:
     """Gradients [K, ...] that are there."""
 

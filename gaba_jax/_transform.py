@@ -16,11 +16,12 @@ from gaba_jax._state import (
     advance,
     check_state,
     init_state,
+    leaves_of,
     needed_losses,
     reads_of,
     task_presence,
 )
-from gaba_jax._statistics import Reads, measure_stacked, whole_leaves
+from gaba_jax._statistics import Reads, measure_stacked, weighted, whole_leaves
 from gaba_jax.weighting._base import Number, Weighting, check_weighting
 from gaba_jax.weighting._gradnorm import Variant
 from gaba_jax.weighting._stabilize import Floor
@@ -102,9 +103,15 @@ def balance(
         task_mask: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
-        del extra_args
-        check_stacked(updates, params, num_tasks, state.seen_by_task.shape[0])
-        check_state(state, state.seen_by_task.shape[0], weighting)
+        if "value_fn" in extra_args:
+            raise ValueError(
+                "value_fn is for a line search (optax.lbfgs), which would compare the losses of "
+                "value_fn along a gradient that is weighted otherwise. Hold the weights instead: "
+                "give optax.lbfgs alone, without gaba() or balance(...) in its chain, the value "
+                "and the gradient of sum_i task_weights[i] * losses[i]."
+            )
+        check_stacked(updates, params, num_tasks, leaves_of(state))
+        check_state(state, leaves_of(state), weighting)
         task_losses = needed_losses(weighting, task_losses)
         present = task_presence(task_mask, num_tasks)
         like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
@@ -130,7 +137,7 @@ def balance(
         read = None if task_mask is None and not drop else usable
         factors = selection.coefficients(state.task_weights, usable)
         combined = [
-            leaf.combine(each, read)
+            weighted(leaf, each, read)
             for leaf, each in zip(whole_leaves(leaves), factors, strict=True)
         ]
         return structure.unflatten(combined), state

@@ -1,5 +1,7 @@
 """A Flax Linen train state that hands losses and masks to the optimizer. Imports flax."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,6 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from gaba_jax._selection import OVERWRITTEN
+from gaba_jax._statistics import weighted, whole_leaves
 
 
 class TrainState(train_state.TrainState):
@@ -43,7 +49,8 @@ class TrainState(train_state.TrainState):
           grads: what ``tx`` takes: leaves [K, \*param.shape] where balancing comes first.
           task_losses: [K], for weightings that need them.
           task_mask: [K] bool, the tasks of this batch, default all.
-          **kwargs: fields to replace in the result.
+          **kwargs: fields to replace in the result; others are extra arguments of ``tx.update``,
+            such as the ``value`` of ``optax.contrib.reduce_on_plateau``.
 
         Returns:
           The state after the step.
@@ -54,12 +61,20 @@ class TrainState(train_state.TrainState):
         """
         given = {"task_losses": task_losses, "task_mask": task_mask}
         given = {name: value for name, value in given.items() if value is not None}
+        fields = {field.name for field in dataclasses.fields(self)}
+        given |= {name: kwargs.pop(name) for name in [*kwargs] if name not in fields}
         tx = optax.with_extra_args_support(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             return tx.update(updates, state, params, **given)
 
         with_given = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        if isinstance(grads, Mapping) and OVERWRITTEN in grads:
+            new = jax.tree.map(
+                lambda values, old: _of_any_task(values, old, task_mask),
+                *(tree[OVERWRITTEN] for tree in (grads, self.params)),
+            )
+            grads = {**grads, OVERWRITTEN: new}
         stepped = super(TrainState, with_given).apply_gradients(grads=grads, **kwargs)
         before, after = ([jnp.shape(p) for p in jax.tree.leaves(s.params)] for s in (self, stepped))
         if before != after:
@@ -68,3 +83,11 @@ class TrainState(train_state.TrainState):
                 "balance(...) first in the chain of tx."
             )
         return stepped.replace(tx=self.tx)
+
+
+def _of_any_task(values: Array, old: Array, task_mask: ArrayLike | None) -> Array:
+    """Stacked new values of what is overwritten: the largest, as by both drivers."""
+    if jnp.shape(values) == jnp.shape(old):
+        return values
+    usable = None if task_mask is None else jnp.asarray(task_mask)
+    return weighted(*whole_leaves([values]), None, usable)

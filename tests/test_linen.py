@@ -6,9 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax.training import train_state
 
-from gaba_jax import BalanceState, gaba, gradnorm, task_value_and_grad
+from gaba_jax import (
+    BalanceState,
+    balance,
+    balanced_value_and_grad,
+    gaba,
+    gradnorm,
+    task_value_and_grad,
+    weighting,
+)
 from gaba_jax.linen import TrainState
 
 PARAMS = {"trunk": jnp.ones((4, 3)), "a": jnp.ones(3), "b": jnp.ones(3)}
@@ -48,6 +57,68 @@ def test_equals_the_loop_by_hand():
     assert state.tx is tx
     assert state.step == 5
     chex.assert_trees_all_close((state.params, state.opt_state), (params, opt_state), rtol=1e-6)
+
+
+def test_the_value_of_a_plateau_is_handed_on():
+    plateau = optax.contrib.reduce_on_plateau(patience=1)
+    tx = optax.chain(gaba(), optax.sgd(1e-3), plateau)
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    for _ in range(4):
+        losses, grads = losses_and_grads(state.params)
+        state = state.apply_gradients(grads=grads, value=1.0 + losses.sum() * 0)
+    assert optax.tree.get(state.opt_state, "scale") < 1
+
+
+class Fp8(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = jnp.tanh(nn.Dense(16, name="trunk", dot_general_cls=nn.Fp8DirectDotGeneralOp)(x))
+        return nn.Dense(1, name="a")(h)[:, 0], nn.Dense(1, name="b")(h)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"measure": "lagged"}, {"every": 2}, {"nonfinite": "drop"}], ids=str
+)
+def test_scales_of_fp8_layers_are_neither_measured_nor_weighted(options):
+    x = jax.random.normal(jax.random.key(5), (16, 4))
+    net = Fp8()
+    variables = net.init(jax.random.key(0), x)
+    scales = variables["_overwrite_with_gradient"]
+
+    def losses_fn(variables):
+        a, b = net.apply(variables, x)
+        return jnp.mean((a - 10 * x[:, 0]) ** 2), 1e-3 * jnp.mean((b - x[:, 1]) ** 2)
+
+    def of_params(params):
+        return losses_fn({"params": params, "_overwrite_with_gradient": scales})
+
+    rule = weighting.inverse_norm(2)
+    balanced = balanced_value_and_grad(losses_fn, rule, **options)
+    alone = balanced_value_and_grad(of_params, rule, **options)
+    (_, grads), state = balanced.value_and_grad(variables, balanced.init(variables))
+    params = variables["params"]
+    (_, expected), of_alone = alone.value_and_grad(params, alone.init(params))
+    np.testing.assert_allclose(state.task_norms, of_alone.task_norms, rtol=1e-5)
+    np.testing.assert_allclose(state.task_weights, of_alone.task_weights, rtol=1e-5)
+    chex.assert_trees_all_close(grads["params"], expected, rtol=1e-4, atol=1e-6)
+    each = [jax.grad(lambda v, i=i: losses_fn(v)[i])(variables) for i in range(2)]
+    of_each = [grad["_overwrite_with_gradient"] for grad in each]
+    new = jax.tree.map(jnp.maximum, *of_each)
+    chex.assert_trees_all_close(grads["_overwrite_with_gradient"], new, rtol=1e-5)
+    train = TrainState.create(
+        apply_fn=net.apply, params=variables, tx=optax.chain(balance(rule), optax.sgd(1e-3))
+    )
+    _, stacked = task_value_and_grad(losses_fn)(variables)
+    train = train.apply_gradients(grads=stacked)
+    np.testing.assert_allclose(
+        train.opt_state[0].task_weights, balance_state(rule, params, of_params), rtol=1e-5
+    )
+    chex.assert_trees_all_close(train.params["_overwrite_with_gradient"], new, rtol=1e-5)
+
+
+def balance_state(rule, params, losses_fn):
+    tx = balance(rule)
+    return tx.update(task_value_and_grad(losses_fn)(params)[1], tx.init(params))[1].task_weights
 
 
 @pytest.mark.parametrize("kind", [TrainState, train_state.TrainState])

@@ -149,22 +149,44 @@ def test_losses_that_were_not_averaged_over_the_devices(path):
         jax.eval_shape(step, carry, *batch)
 
 
+@pytest.mark.parametrize("options", [{}, {"measure": "lagged"}, {"every": 2}])
+def test_pmap_raises(options):
+    """There each device would have weights of its own, and nothing tells."""
+    params, [batch, *_] = init()
+    balanced = balanced_value_and_grad(make_losses(), weighting.gaba(K), **options)
+    step = jax.pmap(balanced.value_and_grad, axis_name="data", in_axes=(None, None, 0, 0))
+    parts = [part[None] for part in batch]
+    with pytest.raises(ValueError, match=r"along \['data'\].*pmean.*per_device=True"):
+        step(params, balanced.init(params), *parts)
+
+
 def test_a_model_on_each_device_without_the_check():
     """What the error names for it: weights of its own per device."""
-    balanced = balanced_value_and_grad(
-        make_losses(), weighting.gaba(K, warmup_steps=0, min_weight=0.0, debias=True)
-    )
+    rule = weighting.gaba(K, warmup_steps=0, min_weight=0.0, debias=True)
     params, [batch, *_] = init()
-    arguments = params, balanced.init(params), *batch
-    alone = jax.jit(balanced.value_and_grad)(*arguments)
-    step = jax.shard_map(
-        lambda *args: jax.tree.map(lambda leaf: leaf[None], balanced.value_and_grad(*args)),
-        mesh=jax.make_mesh((1,), ("models",), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=(P(), P(), P("models"), P("models")),
-        out_specs=P("models"),
-        check_vma=False,
-    )
-    per_device = jax.jit(step)(*arguments)
+
+    def make_step(**options):
+        balanced = balanced_value_and_grad(make_losses(), rule, **options)
+        arguments = params, balanced.init(params), *batch
+        return balanced.value_and_grad, arguments
+
+    step, arguments = make_step()
+    alone = jax.jit(step)(*arguments)
+
+    def on_each(step):
+        return jax.jit(
+            jax.shard_map(
+                lambda *args: jax.tree.map(lambda leaf: leaf[None], step(*args)),
+                mesh=jax.make_mesh((1,), ("models",), axis_types=(jax.sharding.AxisType.Auto,)),
+                in_specs=(P(), P(), P("models"), P("models")),
+                out_specs=P("models"),
+                check_vma=False,
+            )
+        )
+
+    with pytest.raises(ValueError, match=r"along \['models'\].*pmean.*per_device=True"):
+        on_each(step)(*arguments)
+    per_device = on_each(make_step(per_device=True)[0])(*arguments)
     assert len(batch[0]) == BATCH
     for got, wanted in zip(jax.tree.leaves(per_device), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(got[0], wanted, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from gaba_jax import balance, exclude, gaba, only, task_value_and_grad, weighting
+from gaba_jax import (
+    balance,
+    balanced_value_and_grad,
+    exclude,
+    gaba,
+    only,
+    task_value_and_grad,
+    weighting,
+)
 from gaba_jax.weighting import Weighting
 from tests.slow import rest_slow
 
@@ -395,6 +403,28 @@ class TestStatistics:
             tx.update(THREE, tx.init(W), task_losses=1.0)
         with pytest.raises(ValueError, match=r"shape \(3,\), got a dict"):
             tx.update(THREE, tx.init(W), task_losses={"a": 1.0})
+
+
+@pytest.mark.parametrize("driver", ["stacked", "balanced"])
+def test_a_state_that_was_restored_as_a_dict_says_how_to_restore_it(driver):
+    grads, rule = jnp.ones((2, 3)), weighting.gaba(2)
+    tx = balance(rule)
+    restored = tx.init(jnp.ones(3))._asdict()
+    balanced = balanced_value_and_grad(lambda p: (p.sum(), (p**2).sum()), rule)
+    run = {
+        "stacked": lambda: tx.update(grads, restored, jnp.ones(3)),
+        "balanced": lambda: balanced.value_and_grad(jnp.ones(3), restored),
+    }[driver]
+    with pytest.raises(ValueError, match=r"must be a BalanceState, got a dict.*without a target"):
+        run()
+
+
+def test_a_line_search_in_its_chain_raises():
+    tx, params = optax.chain(gaba(), optax.lbfgs()), jnp.ones(3)
+    with pytest.raises(ValueError, match=r"value_fn is for a line search .*Hold the weights"):
+        tx.update(
+            jnp.ones((2, 3)), tx.init(params), params, value=1.0, grad=params, value_fn=jnp.sum
+        )
 
 
 @pytest.mark.parametrize(

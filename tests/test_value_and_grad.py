@@ -140,9 +140,14 @@ def test_a_loss_that_ignores_the_parameters_has_zero_gradient():
 @pytest.mark.parametrize(
     ("losses", "has_aux", "message"),
     [
-        (lambda w: (w, w.sum()), False, r"loss '0' has shape \(2,\).*\.mean\(\)"),
+        (lambda w: [w, w.sum()], False, r"loss '0' has shape \(2,\).*\.mean\(\)"),
         (lambda w: w.sum(), False, "one scalar"),
         (lambda w: (), False, "no losses"),
+        (lambda w: ((w.sum(), w.mean()), {"accuracy": w.mean()}), False, "pass has_aux=True"),
+        (lambda w: (w, None), False, "pass has_aux=True"),
+        (lambda w: ({"a": w.sum(), "b": w.mean()}, w), False, "pass has_aux=True"),
+        (lambda w: {"a": w.sum(), "b": None}, False, r"loss 'b' is None.*task_mask="),
+        (lambda w: (w.sum(), None), False, r"loss '1' is None.*task_mask="),
         (lambda w: w.astype(jnp.int32), False, "dtype int32"),
         (lambda w: {"a": w.sum() * 1j}, False, "loss 'a' has dtype complex64"),
         (lambda w: w, True, "pair"),
