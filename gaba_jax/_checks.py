@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -103,14 +102,7 @@ def check_inexact(tree: Any, what: str, remedy: str) -> None:
 
 def check_losses(losses: Any) -> None:
     """Raises ValueError on losses that are not K real scalars."""
-    if isinstance(losses, tuple) and len(losses) == 2:
-        first = losses[0]
-        if isinstance(first, tuple | list | dict) or np.ndim(first) == 1:
-            raise ValueError(
-                "losses_fn returned a pair whose first item holds several losses, as (losses, aux) "
-                "does: pass has_aux=True, or all that is in it would be balanced and minimised. "
-                "Return K losses flat: a tuple, list or dict of scalars, or a [K] array."
-            )
+    _check_no_aux(losses)
     leaves = jax.tree.leaves_with_path(losses, is_leaf=lambda leaf: leaf is None)
     if not leaves:
         raise ValueError("losses_fn returned no losses.")
@@ -139,6 +131,18 @@ def check_losses(losses: Any) -> None:
                 f"{path_name(path)!r} has shape {shape}. Reduce it first, with .mean() or .sum(); "
                 "with an auxiliary output pass has_aux=True."
             )
+
+
+def _check_no_aux(returned: Any) -> None:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return
+    first: Any = returned[0]
+    if isinstance(first, tuple | list | dict) or is_stacked(first):
+        raise ValueError(
+            "losses_fn returned a pair whose first item holds several losses, as (losses, aux) "
+            "does: pass has_aux=True, or all that is in it would be balanced and minimised. "
+            "Return K losses flat: a tuple, list or dict of scalars, or a [K] array."
+        )
 
 
 def check_driver_arguments(shared: Any, weight_task_specific: bool, nonfinite: str) -> None:

@@ -157,11 +157,13 @@ def select(
                 f"measure. The paths are: {', '.join(paths)}"
             )
     over = tuple(OVERWRITTEN in path.split(".") for path in paths)
-    shared_mask, measure_mask = (
-        mask and tuple(chosen and not o for chosen, o in zip(mask, over, strict=True))
-        for mask in (shared_mask, measure_mask)
-    )
+    measure_mask = _without(over, measure_mask)
+    shared_mask = None if shared_mask is None else _without(over, shared_mask)
     return Selection(shared_mask, measure_mask, weight_task_specific, over)
+
+
+def _without(over: tuple[bool, ...], mask: tuple[bool, ...]) -> tuple[bool, ...]:
+    return tuple(chosen and not each for chosen, each in zip(mask, over, strict=True))
 
 
 def _resolve(

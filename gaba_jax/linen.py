@@ -70,10 +70,8 @@ class TrainState(train_state.TrainState):
 
         with_given = self.replace(tx=optax.GradientTransformation(tx.init, update))
         if isinstance(grads, Mapping) and OVERWRITTEN in grads:
-            new = jax.tree.map(
-                lambda values, old: _of_any_task(values, old, task_mask),
-                *(tree[OVERWRITTEN] for tree in (grads, self.params)),
-            )
+            new, old = grads[OVERWRITTEN], self.params[OVERWRITTEN]
+            new = jax.tree.map(lambda new, old: _of_any_task(new, old, task_mask), new, old)
             grads = {**grads, OVERWRITTEN: new}
         stepped = super(TrainState, with_given).apply_gradients(grads=grads, **kwargs)
         before, after = ([jnp.shape(p) for p in jax.tree.leaves(s.params)] for s in (self, stepped))
@@ -90,4 +88,4 @@ def _of_any_task(values: Array, old: Array, task_mask: ArrayLike | None) -> Arra
     if jnp.shape(values) == jnp.shape(old):
         return values
     usable = None if task_mask is None else jnp.asarray(task_mask)
-    return weighted(*whole_leaves([values]), None, usable)
+    return weighted(whole_leaves([values])[0], None, usable)

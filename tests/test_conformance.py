@@ -34,6 +34,19 @@ K = 3
 STEPS = 4  # of which a warm-up takes one or two
 
 
+def of_elements():
+    """A rule on every statistic that is there: small weights for large elements."""
+    needs = {weighting.max_abs, weighting.mean_abs, weighting.std}
+
+    def update(stats, state):
+        sizes = sum(stats.extra[each.name] for each in needs)
+        inverse = jnp.where(stats.present, 1 / (1 + sizes), 0)
+        return inverse / jnp.maximum(inverse.sum(), 1e-6), state
+
+    equal = np.full(K, 1 / K, np.float32)
+    return weighting.Weighting(K, frozenset(needs), optax.EmptyState, update, equal)
+
+
 def make_rules():
     """Name -> a function that makes the rule afresh."""
     w = weighting
@@ -45,6 +58,7 @@ def make_rules():
             w.inverse_norm(K), warmup_steps=1, min_weight=0.01, average="norms"
         ),
         "rescaled": lambda: w.rescaled(w.gaba(K, warmup_steps=2), float(K)),
+        "statistics": of_elements,
         # What balance measures for the rules that need cosines and losses.
         "all_needs": lambda: w.inverse_norm(K)._replace(
             needs=frozenset({"norms", "cosines", "losses"})
@@ -134,7 +148,7 @@ def test_weights_are_applied_and_recorded(name):
     expected = jax.tree.map(lambda g: np.einsum("tk,tk...->t...", weights, g), grads)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(state.task_weights, weights[-1])
-    np.testing.assert_array_equal(state.task_norms > 0, "norms" in rule.needs)
+    np.testing.assert_array_equal(state.task_norms > 0, bool(rule.needs - {"losses"}))
     assert (state.task_cosines is not None) == ("cosines" in rule.needs)
     assert state.nonfinite_count == 0
     assert state.since_measured == 1
@@ -144,7 +158,7 @@ def test_weights_are_applied_and_recorded(name):
 def test_a_nan_is_kept_out_of_the_state(name):
     """In the shared leaf it holds the state for one update; in a head it is not even noticed."""
     rule, grads = RULES[name](), gradients()
-    for leaf, rejected in [("trunk", 1 if rule.needs & {"norms", "cosines"} else 0), ("head", 0)]:
+    for leaf, rejected in [("trunk", 1 if rule.needs - {"losses"} else 0), ("head", 0)]:
         poisoned = grads | {leaf: grads[leaf].at[-1, 0].set(jnp.nan)}
         updates, weights, state = compiled_run(name)(poisoned)
         assert state.nonfinite_count == rejected

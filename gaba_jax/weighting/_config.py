@@ -35,8 +35,11 @@ def config(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weigh
     by default and positive, and its length is what all tasks together have along it. With C the
     cosines, :math:`U^+ p = U^\top C^+ p`.
 
-    When not to use it: where gradients depend on each other so that no such direction exists (two
-    opposed ones), the pseudo-inverse gives the nearest, or nothing.
+    No task is opposed where the gradients are linearly independent.
+
+    When not to use it: where they depend on each other. Then the pseudo-inverse gives the nearest
+    direction, or nothing, and a task can be opposed although some direction improves all of them:
+    gradients (-.9, .7), (.4, .8), (-.9, -1.1) and (.5, 1) give a cosine of -.11.
 
     Args:
       num_tasks: number of tasks K.
