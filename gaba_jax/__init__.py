@@ -39,7 +39,7 @@ from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, only
 from gaba_jax._state import BalanceState
-from gaba_jax._transform import balance, gaba, gradnorm
+from gaba_jax._transform import balance, equalize, gaba, gradnorm
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
 from gaba_jax.monitor import balance_metrics
 from gaba_jax.weighting import TaskStats, Weighting
@@ -58,6 +58,7 @@ __all__ = [
     "balanced_value_and_grad",
     "controller",
     "diagnose",
+    "equalize",
     "exclude",
     "gaba",
     "gradnorm",

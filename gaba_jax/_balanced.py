@@ -105,8 +105,9 @@ def balanced_value_and_grad(
         what is no array go to every part, typed random keys folded with its number. ``aux`` has the
         parts as its leading axis. No cut is made across parts: each runs forward again for every
         task and for the weighted sum, and is reduced by itself across devices. For cosines, with
-        a ``task_mask`` and with "drop" the K gradients are stacked. Default None, the batch as a
-        whole.
+        a ``task_mask`` and with "drop" the K gradients are stacked. Otherwise the update is one
+        backward pass with the weights: what the model clips of a gradient is clipped of the sum.
+        Default None, the batch as a whole.
       has_aux: whether ``losses_fn`` returns ``(losses, aux)``.
       shared: the shared parameters, default found from the gradients; see :func:`balance`.
       measure_on: where norms are taken, default all shared parameters; see :func:`balance`.

@@ -233,6 +233,55 @@ def gaba(
     )
 
 
+def equalize(
+    num_tasks: int,
+    *,
+    ratios: ArrayLike | None = None,
+    anchor: int | None = None,
+    beta: Number = 0.9,
+    rho: Number = 0.1,
+    shared: Selector | None = None,
+    measure_on: Selector | None = None,
+    weight_task_specific: bool = True,
+    nonfinite: Nonfinite = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Balances K losses so that their contributions are in the ratios that you give.
+
+    It is ``balance(weighting.equalize(...))``. See :func:`gaba_jax.weighting.equalize` for the
+    formula and the first arguments, and :func:`balance` for the others.
+
+    Returns:
+      A transform that turns leaves [K, \*param.shape] into leaves [\*param.shape]. First in the
+      chain.
+
+    Raises:
+      ValueError: as :func:`gaba_jax.weighting.equalize`, or any of the errors of :func:`balance`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from gaba_jax import equalize, task_value_and_grad
+      >>> def losses_fn(params, x):
+      ...     h = jnp.tanh(x @ params["backbone"])
+      ...     return (50.0 * jnp.mean((h @ params["a"] - 1) ** 2), jnp.mean((h @ params["b"]) ** 2),
+      ...             0.1 * jnp.mean((h @ params["c"] + 1) ** 2))
+      >>> params = {"backbone": jnp.ones((3, 2))} | {name: jnp.ones(2) for name in "abc"}
+      >>> tx = optax.chain(equalize(3), optax.adamw(1e-3))
+      >>> opt_state = tx.init(params)
+      >>> losses, grads = task_value_and_grad(losses_fn)(params, jnp.ones((4, 3)))
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> contributions = opt_state[0].task_weights * opt_state[0].task_norms
+      >>> bool(jnp.allclose(contributions, contributions[0]))
+      True
+    """
+    return balance(
+        weightings.equalize(num_tasks, ratios=ratios, anchor=anchor, beta=beta, rho=rho),
+        shared=shared,
+        measure_on=measure_on,
+        weight_task_specific=weight_task_specific,
+        nonfinite=nonfinite,
+    )
+
+
 def gradnorm(
     num_tasks: int = 2,
     *,

@@ -196,7 +196,7 @@ for method, score in scores.items():
 #   Flax, Equinox, optax's wrappers, tasks without labels, and mistakes that nobody sees.
 # - [Weightings](https://github.com/gaba-jax/gaba_jax/blob/main/docs/weightings.md): all rules,
 #   what they guarantee and what they cost.
-# - `balanced_value_and_grad`: the same weights in the memory of one gradient.
+# - `balanced_value_and_grad`: the same weights from a cheaper step, without K gradients in memory.
 # - The notebooks `balancing_explorer`, `turbofan` and `physics_informed`.
 #
 # The cell below fails if what is said above no longer holds.

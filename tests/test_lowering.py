@@ -14,7 +14,20 @@ from tests.on_eight_devices import of_process
 from tests.slow import rest_slow
 
 K, BATCH, PART, WIDE = 2, 512, 256, 1536  # wide enough beside the batch for norms from factors
-RULES = {"gaba": weighting.gaba, "inverse_norm": weighting.inverse_norm, "upgrad": weighting.upgrad}
+
+
+def of_elements(num_tasks):
+    """Equal weights, while statistics of the elements are measured."""
+    needs = frozenset({weighting.max_abs, weighting.std})
+    return weighting.uniform(num_tasks)._replace(needs=needs)
+
+
+RULES = {
+    "gaba": weighting.gaba,
+    "inverse_norm": weighting.inverse_norm,
+    "upgrad": weighting.upgrad,
+    "elements": of_elements,
+}
 
 
 def encoder(params, x, y):

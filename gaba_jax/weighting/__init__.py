@@ -20,6 +20,7 @@ from gaba_jax.weighting._dynamic_weight_average import (
     dynamic_weight_average,
 )
 from gaba_jax.weighting._elements import max_abs, mean_abs, std
+from gaba_jax.weighting._equalize import EqualizeState, equalize
 from gaba_jax.weighting._fairgrad import fairgrad
 from gaba_jax.weighting._famo import FamoState, famo
 from gaba_jax.weighting._gaba import gaba
@@ -27,6 +28,7 @@ from gaba_jax.weighting._geometric_mean import geometric_mean
 from gaba_jax.weighting._gradnorm import GradNormState, gradnorm, gradnorm_balance_point
 from gaba_jax.weighting._gradvac import GradVacState, gradvac
 from gaba_jax.weighting._gramian import SolverState
+from gaba_jax.weighting._hold_after import HoldAfterState, hold_after
 from gaba_jax.weighting._imtl_g import imtl_g
 from gaba_jax.weighting._imtl_l import imtl_l
 from gaba_jax.weighting._inverse_norm import inverse_norm
@@ -50,9 +52,11 @@ from gaba_jax.weighting._upgrad import upgrad
 
 __all__ = [
     "DynamicWeightAverageState",
+    "EqualizeState",
     "FamoState",
     "GradNormState",
     "GradVacState",
+    "HoldAfterState",
     "NormAverageState",
     "ProportionalIntegralState",
     "RandomState",
@@ -68,6 +72,7 @@ __all__ = [
     "constant",
     "dual_projection",
     "dynamic_weight_average",
+    "equalize",
     "fairgrad",
     "famo",
     "gaba",
@@ -75,6 +80,7 @@ __all__ = [
     "gradnorm",
     "gradnorm_balance_point",
     "gradvac",
+    "hold_after",
     "imtl_g",
     "imtl_l",
     "inverse_norm",

@@ -23,7 +23,8 @@ def constant(num_tasks: int, weights: ArrayLike) -> Weighting:
       weights: [K] finite weights, taken as they are: their sum need not be 1.
 
     Returns:
-      A :class:`Weighting` whose weights sum to ``sum(weights)``.
+      A :class:`Weighting` whose weights sum to ``sum(weights)``; while tasks are absent, the others
+      keep theirs.
 
     Raises:
       ValueError: ``weights`` has another shape or is not finite.

@@ -52,7 +52,8 @@ def gradvac(num_tasks: int, *, beta: Number = 0.01, seed: int | Array = 0) -> We
 
     Returns:
       A :class:`Weighting` with a :class:`GradVacState`. The weights are at least 1; they sum to K
-      without conflict, the scale of a plain sum of losses.
+      without conflict, the scale of a plain sum of losses. While tasks are absent, so it is for
+      those present, in orders that are drawn for all K; usual cosines of absent tasks stand.
 
     Raises:
       ValueError: ``beta`` outside [0, 1], or ``seed`` no whole number from 0 to 2^32 - 1.

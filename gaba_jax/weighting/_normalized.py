@@ -33,7 +33,8 @@ def normalized(weighting: Weighting) -> Weighting:
     Returns:
       A :class:`Weighting` with the same state and initial weights; it measures norms, and what the
       rule needs. The sum of the weights is 1 around :func:`uniform`, else free: that of the
-      contributions :math:`\lambda_i g_i` is h times the sum of w. An absent task keeps w.
+      contributions :math:`\lambda_i g_i` is h times the sum of w. What it says of absent
+      tasks is the rule's own.
 
     Raises:
       ValueError: ``weighting`` is no :class:`Weighting`, or one that averages norms.

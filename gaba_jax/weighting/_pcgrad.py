@@ -32,7 +32,8 @@ def pcgrad(num_tasks: int, *, seed: int | Array = 0) -> Weighting:
 
     Returns:
       A :class:`Weighting` with a :class:`RandomState`. The weights are at least 1; they sum to K
-      without conflict, the scale of a plain sum of losses.
+      without conflict, the scale of a plain sum of losses. While tasks are absent, so it is for
+      those present, in orders that are drawn for all K.
 
     Raises:
       ValueError: ``seed`` is no whole number from 0 to 2^32 - 1.

@@ -39,7 +39,8 @@ def random(num_tasks: int, *, seed: int | Array = 0) -> Weighting:
 
     Returns:
       A :class:`Weighting` with a :class:`RandomState`; it reads nothing, so nothing is measured.
-      The weights are positive and sum to 1, 1/K each before the first update.
+      The weights are positive and sum to 1, 1/K each before the first update. While tasks are
+      absent, those present share what was drawn for all K, with sum 1.
 
     Raises:
       ValueError: ``seed`` is no whole number from 0 to 2^32 - 1.
