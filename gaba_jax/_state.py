@@ -293,14 +293,15 @@ def restrict(
 ) -> Float[Array, " tasks"]:
     """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none.
 
-    Left as they are: weights that hold for each task by itself, and those whose sum is not
-    positive, from rules where they can be negative.
+    Left as they are: weights that hold for each task by itself while there are two, and those whose
+    sum is not positive, from rules where they can be negative.
     """
+    total, kept = jnp.sum(weights), jnp.where(usable, weights, 0)
+    rescaled = jnp.where(total > 0, share_out(weights, usable, total), kept)
     if weighting.absent == "each":
-        return jnp.where(usable, weights, 0)
-    total = jnp.sum(weights)
-    rest = jnp.where(total > 0, share_out(weights, usable, total), jnp.where(usable, weights, 0))
-    return jnp.where(jnp.all(usable), weights, rest)
+        few = jnp.sum(usable) < weighting.least_present
+        return jnp.where(few, rescaled, kept)
+    return jnp.where(jnp.all(usable), weights, rescaled)
 
 
 def task_presence(task_mask: Any, num_tasks: int) -> Bool[Array, " tasks"]:

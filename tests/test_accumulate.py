@@ -56,6 +56,7 @@ def test_three_tasks_sums_and_skips():
     assert state.gradient_step == 1
 
 
+@pytest.mark.slow
 def test_a_task_is_averaged_over_the_mini_steps_that_have_it():
     masks = np.array([[1, 0], [1, 1], [1, 1], [0, 1]], bool)
     grads = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)

@@ -353,7 +353,7 @@ MODELS = {
     "mlp": (mlp, "cosines"),
     "of one task": (one_task, None),
     "of 2 tasks": (functools.partial(mlp, 2), None),
-    "of 5 tasks": (functools.partial(mlp, 5), "norms"),
+    "of 5 tasks": (functools.partial(mlp, 5), None),
     "of 9 tasks": (functools.partial(mlp, 9), None),
     "losses in one array": (stacked_losses, None),
     "9 losses in one array": (many_stacked_losses, None),
@@ -361,10 +361,10 @@ MODELS = {
     "transformer": (transformer, "norms"),
     "lookup": (lookup, "cosines"),
     "lookup, clipped": (lookup_clipped, None),
-    "lookup of one index": (lookup_of_one_index, "norms"),
+    "lookup of one index": (lookup_of_one_index, None),
     "lstm": (lstm, "norms"),
     "convolution": (convolution, "norms"),
-    "checkpoint": (remat, "norms"),
+    "checkpoint": (remat, None),
     "checkpoint that saves products": (
         functools.partial(
             remat, functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
@@ -372,8 +372,8 @@ MODELS = {
         None,
     ),
     "jitted layers": (functools.partial(remat, jax.jit), None),
-    "checkpoint of the losses": (remat_of_losses, "norms"),
-    "scan over layers": (scan_over_layers, "norms"),
+    "checkpoint of the losses": (remat_of_losses, None),
+    "scan over layers": (scan_over_layers, None),
     "complex": (complex_parameters, "norms"),
     "used twice": (used_twice, "norms"),
     "used by one or none": (used_by_one_or_none, "norms"),

@@ -175,6 +175,7 @@ class EquinoxModel(eqx.Module):
         return self.rul_head(h), self.health_head(h)
 
 
+@pytest.mark.slow
 def test_equinox_filtered():
     model, tx = EquinoxModel(), make_tx()
     params, static = eqx.partition(model, eqx.is_inexact_array)

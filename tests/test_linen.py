@@ -19,6 +19,7 @@ from gaba_jax import (
     weighting,
 )
 from gaba_jax.linen import TrainState
+from tests.slow import rest_slow
 
 PARAMS = {"trunk": jnp.ones((4, 3)), "a": jnp.ones(3), "b": jnp.ones(3)}
 
@@ -76,9 +77,10 @@ class Fp8(nn.Module):
         return nn.Dense(1, name="a")(h)[:, 0], nn.Dense(1, name="b")(h)[:, 0]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"measure": "lagged"}, {"every": 2}, {"nonfinite": "drop"}], ids=str
-)
+FP8 = [{}, {"measure": "lagged"}, {"every": 2}, {"nonfinite": "drop"}]
+
+
+@pytest.mark.parametrize("options", rest_slow(FP8, fast=[{}]), ids=str)
 def test_scales_of_fp8_layers_are_neither_measured_nor_weighted(options):
     x = jax.random.normal(jax.random.key(5), (16, 4))
     net = Fp8()

@@ -291,6 +291,7 @@ def test_the_average_in_an_adversary_needs_its_state(toy, reset_state):
     assert (state.adv_state[0].task_weights[0] > 0.9) == (not reset_state)
 
 
+@pytest.mark.slow
 def test_of_microbatches(toy):
     losses_fn, params, batch = toy
     grad_fn = task_value_and_grad(losses_fn)

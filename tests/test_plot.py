@@ -81,7 +81,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(params=rest_slow(NAMES, fast=[2, 9]), ids="K={}".format)
+@pytest.fixture(params=rest_slow(NAMES, fast=[2]), ids="K={}".format)
 def history(request):
     """(norms [T, K], weights [T, K], names) of 120 updates, some 500x apart."""
     num_tasks = request.param
@@ -312,6 +312,7 @@ def test_medians_do_not_bridge_a_gap():
     np.testing.assert_array_equal(above.lines[1].get_ydata(), expected)
 
 
+@pytest.mark.slow
 def test_weights_that_learned_to_be_negative_pull_as_hard():
     norms, weights = np.full((50, 2), 3.0), np.tile([-0.5, 4.0], (50, 1))
     _, after = drawn(plot.contributions(norms, weights, ["a", "b"])).axes

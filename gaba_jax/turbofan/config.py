@@ -160,17 +160,18 @@ def make_weighting(config: TrainConfig) -> weighting.Weighting:
     if config.weighting == "gaba":
         rule = weighting.gaba(len(TASKS), **dataclasses.asdict(config.gaba))
         return rule._replace(needs=rule.needs | {"norms"})
-    if config.gaba != GabaOptions():
-        changed = [
-            field.name
-            for field in dataclasses.fields(GabaOptions)
-            if getattr(config.gaba, field.name) != field.default
-        ]
+    rule = parse_method(config.weighting)
+    changed = [
+        field.name
+        for field in dataclasses.fields(GabaOptions)
+        if getattr(config.gaba, field.name) != field.default
+    ]
+    if changed:
         raise ValueError(
             f"{', '.join(changed)}: options of the weighting gaba, without effect on "
             f"{config.weighting}. Leave them out, or take the weighting gaba."
         )
-    return parse_method(config.weighting)
+    return rule
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -90,12 +90,13 @@ class FullModel(nnx.Module):
       rngs: the random streams that Flax draws the initial values from.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from gaba_jax.turbofan.model import FullModel
-      >>> model = FullModel(30, 17, rngs=nnx.Rngs(0))
-      >>> rul, logits = model(jnp.zeros((4, 30, 17)), key=jax.random.key(0))
-      >>> rul.shape, logits.shape
+      >>> @nnx.eval_shape  # runs nothing: the shapes alone
+      ... def outputs():
+      ...     return FullModel(30, 17, rngs=nnx.Rngs(0))(jnp.zeros((4, 30, 17)))
+      >>> outputs[0].shape, outputs[1].shape
       ((4,), (4, 3))
     """
 

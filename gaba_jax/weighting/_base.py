@@ -36,7 +36,8 @@ class Weighting(NamedTuple):
       least_present: the fewest present tasks that a measurement is accepted of, default 2.
       absent: what the present tasks get where some are absent. "rescale" (default): their weights,
         scaled to the sum of all K where that is positive. "each": their weights as they are, since
-        each weight holds by itself.
+        each weight holds by itself. Fewer tasks than ``least_present`` get the whole sum either
+        way.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax

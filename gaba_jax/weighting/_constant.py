@@ -24,7 +24,7 @@ def constant(num_tasks: int, weights: ArrayLike) -> Weighting:
 
     Returns:
       A :class:`Weighting` whose weights sum to ``sum(weights)``; while tasks are absent, the others
-      keep theirs.
+      keep theirs, and one alone gets the whole sum.
 
     Raises:
       ValueError: ``weights`` has another shape or is not finite.

@@ -154,6 +154,7 @@ def test_lstm_is_the_plain_recurrence(wide):
         assert_same_function(layer, plain_lstm, x, rtol=1e-12 if wide else 1e-5)
 
 
+@pytest.mark.slow
 def test_lstm_is_that_of_pytorch():
     """With copied weights: the gates in the order i, f, g, o, and the sum of its two biases."""
     torch = pytest.importorskip("torch")

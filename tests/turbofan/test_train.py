@@ -44,6 +44,7 @@ def test_rules_of_the_command_are_those_of_the_library():
         assert "norms" in rule.needs
 
 
+@pytest.mark.slow
 def test_training_lowers_both_losses_and_reports_every_update():
     records = []
     run = train(load_data(SMALL), SMALL, records.append)

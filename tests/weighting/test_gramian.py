@@ -103,7 +103,7 @@ def test_golden_directions(case, name):
             assert relative_error(weights @ jacobian, expected) < tolerance, rule
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_slow(CASES, fast=OFTEN))
 def test_golden_cases_meet_their_optimality_conditions(case, name):
     """In float64, on the golden Gramian: what was solved in float32 is the optimum."""
     arrays = case(name)

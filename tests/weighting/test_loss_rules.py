@@ -15,6 +15,7 @@ from jax.scipy.special import logsumexp
 
 from gaba_jax import balance, weighting
 from gaba_jax.weighting import TaskStats
+from tests.slow import rest_slow
 
 PREFERENCES, IDEAL = jnp.array([0.5, 0.2, 0.3]), jnp.array([1.0, -2.0, 0.0])
 SCALARISATIONS = {
@@ -183,7 +184,7 @@ def compiled_rule(name, num_tasks):
     return two_updates
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", rest_slow(RULES, fast=list(RULES)[:2]))
 @settings(max_examples=60)
 @given(losses=losses_of_tasks, data=st.data())
 def test_properties(name, losses, data):

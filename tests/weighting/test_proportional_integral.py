@@ -134,6 +134,7 @@ def recovery(rule, held):
     return int(np.sum(imbalance(loop.contributions[held:]) > 0.1))
 
 
+@pytest.mark.slow
 def test_anti_windup():
     """It recovers as fast however long the floor was active; left to run on, it does not."""
     rule = weighting.proportional_integral(2, kp=0.5, ki=0.1, min_weight=0.05)

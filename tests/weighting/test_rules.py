@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gaba_jax import weighting
 from gaba_jax.weighting import TaskStats
+from tests.slow import rest_slow
 
 RULES = {
     "uniform": weighting.uniform,
@@ -110,7 +111,7 @@ def compiled_rule(name, num_tasks):
     return weights_of
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", rest_slow(RULES, fast=list(RULES)[:2]))
 @settings(max_examples=60)
 @given(norms=norms_of_tasks, data=st.data())
 def test_properties(name, norms, data):

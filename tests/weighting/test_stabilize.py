@@ -170,6 +170,7 @@ def runs(draw):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", rest_slow([False, True], fast=[True]))
 @pytest.mark.parametrize("floor", rest_slow(["renormalize", "project"], fast=["project"]))
 @settings(max_examples=80)
