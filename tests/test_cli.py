@@ -208,6 +208,7 @@ def test_a_resumed_run_has_each_event_once(tmp_path):
     assert read_events(out / "tensorboard") == before
 
 
+@pytest.mark.slow
 def test_diagnose_prints_a_table_and_a_recommendation(capsys):
     small = ["--stride", 20, "--batches", 2, "--batch-size", 64]
     assert run("diagnose", *small, "--leaves") == 0

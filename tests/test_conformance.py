@@ -243,7 +243,9 @@ EACH = list(itertools.product(RULES, [True, False]))
 
 @pytest.mark.parametrize(
     ("name", "jitted"),
-    rest_slow_of_several(EACH, fast=[pair for pair in EACH if pair[0] in FEW or pair[1]]),
+    rest_slow_of_several(
+        EACH, fast=[pair for pair in EACH if pair[0] in (KINDS if pair[1] else FEW)]
+    ),
 )
 def test_agree_and_are_deterministic(name, jitted):
     """Update by update, jitted or not, the numbers are those of the scan; twice, to the bit."""
@@ -369,9 +371,7 @@ IN_MODES = list(itertools.product(RULES, MODES))
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    rest_slow_of_several(
-        IN_MODES, fast=[each for each in IN_MODES if each[0] in KINDS or "runtime_checks" in each]
-    ),
+    rest_slow_of_several(IN_MODES, fast=[each for each in IN_MODES if each[0] in KINDS]),
 )
 def test_debugging_modes(name, mode):
     tx, grads = balance(RULES[name]()), at(gradients(), 0)

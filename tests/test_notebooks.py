@@ -15,13 +15,10 @@ from pathlib import Path
 import pytest
 
 # Imported where they are used: nbformat alone takes three seconds, and every run collects this.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        find_spec("jupytext") is None or find_spec("nbclient") is None,
-        reason="needs the extra notebooks",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    find_spec("jupytext") is None or find_spec("nbclient") is None,
+    reason="needs the extra notebooks",
+)
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 BADGE = (
@@ -65,6 +62,7 @@ def test_there_are_the_four_notebooks():
     assert {path.stem for path in FOLDER.glob("*.py")} == expected
 
 
+@pytest.mark.slow
 @each
 def test_both_halves_have_the_same_cells(path):
     import jupytext
@@ -77,6 +75,7 @@ def test_both_halves_have_the_same_cells(path):
     ]
 
 
+@pytest.mark.slow
 @each
 def test_what_is_stored_was_run_from_top_to_bottom(path):
     assert path.stat().st_size < LARGEST
@@ -95,6 +94,7 @@ def test_what_is_stored_was_run_from_top_to_bottom(path):
         assert max(struct.unpack(">II", header[16:])) <= 1600
 
 
+@pytest.mark.slow
 @each
 def test_it_opens_in_colab_and_installs_only_what_is_missing(path):
     cells = read(path).cells
@@ -119,6 +119,7 @@ def check_run(path, folder):
     assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(last.source)))
 
 
+@pytest.mark.slow
 @each
 def test_it_runs(path, tmp_path, monkeypatch):
     """Without the public data, as for a reader who has none."""
@@ -126,6 +127,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     check_run(path, tmp_path)
 
 
+@pytest.mark.slow
 def test_turbofan_runs_on_the_public_data():
     """Where it is; a copy of the test above where it is not."""
     check_run(FOLDER / "turbofan.ipynb", FOLDER)

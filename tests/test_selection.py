@@ -143,7 +143,7 @@ ON_MODELS = list(
 )
 
 
-@pytest.mark.parametrize(("model", "shared"), rest_slow_of_several(ON_MODELS, fast=ON_MODELS[1::2]))
+@pytest.mark.parametrize(("model", "shared"), rest_slow_of_several(ON_MODELS, fast=ON_MODELS[1:2]))
 def test_frameworks(model, shared):
     params, losses_fn = model()
     selection = select(shared, None, params)

@@ -164,7 +164,7 @@ def test_measured_tables():
 
 
 # Of the rules on norms, on cosines and on losses.
-@pytest.mark.parametrize("name", rest_slow(rules(), fast=["gaba", "upgrad", "famo"]))
+@pytest.mark.parametrize("name", rest_slow(rules(), fast=["upgrad"]))
 def test_a_real_training_run(name):
     """The golden two-layer problem, 200 steps, as in the table."""
     expected = json.loads(weightings_page.RESULT.read_text())["losses"][name]

@@ -96,6 +96,7 @@ def test_parameters(model):
     assert size(CompactModel(30, 17, rngs=nnx.Rngs(0))) == 39_172
 
 
+@pytest.mark.slow
 def test_layers_of_the_heads(model):
     def kernels(head):
         return [layer.kernel.shape for layer in head.layers]

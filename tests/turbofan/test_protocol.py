@@ -239,6 +239,7 @@ def test_the_average_is_evaluated(data, whole, replayed):
 # Where a run ends.
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_with_the_best(whole, replayed):
     scores = [record.scalars["validation/rmse"] for record in whole.records]
     best = int(np.argmin(scores)) + 1

@@ -77,7 +77,7 @@ def measured(way, rule, mask=None, **selection):
     return step(PARAMS, balanced.init(PARAMS), X, task_mask=mask)[1]
 
 
-@pytest.mark.parametrize("way", rest_slow(WAYS, fast=["stacked", "exact", "lagged"]))
+@pytest.mark.parametrize("way", rest_slow(WAYS, fast=["stacked", "exact"]))
 @pytest.mark.parametrize("needs", rest_slow([(), ("cosines",)], fast=[()]), ids=["alone", "both"])
 def test_ready_ones_over_all_measured_elements(way, needs):
     rule = reader(*READY.values(), needs=needs)
@@ -117,7 +117,7 @@ def test_heads_that_other_tasks_do_not_have_are_left_out():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e30])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", rest_slow([jnp.float32, jnp.bfloat16], fast=[jnp.float32]))
 def test_ready_ones_at_any_scale_and_in_low_precision(scale, dtype):
     rng = np.random.default_rng(2)
     leaves = [

@@ -200,6 +200,7 @@ def gains(weights, jacobian):
     return unit @ (contributions @ unit) / np.sum(np.abs(contributions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rest_slow(RULES, fast=["aligned_mtl", "mgda", "pcgrad"]))
 @given(jacobian=jacobians())
 def test_finite_and_equivariant(name, jacobian):
