@@ -579,6 +579,7 @@ class TestModels:
         self.check(fn, PARAMS["trunk"]["kernel"], X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", [{"cosines"}, {"losses"}, {"norms", "cosines", "losses"}])
 @pytest.mark.parametrize("measure", rest_slow(["exact", "lagged"], fast=["exact"]))
 def test_whatever_the_weighting_needs(needs, measure):

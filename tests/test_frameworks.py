@@ -66,6 +66,7 @@ class NnxModel(nnx.Module):
         return self.rul_head(h), self.health_head(h)
 
 
+@pytest.mark.slow
 def test_nnx_optimizer():
     """Gradients on the split state go to Optimizer.update as they are; the statistics and the
     dropout's counter come back as aux. Both tasks see one forward pass, so one dropout mask."""

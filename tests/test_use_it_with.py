@@ -252,6 +252,7 @@ class TestManyTasks:
         errors = jnp.tanh(x @ params["backbone"]) @ params["heads"].T - y
         return jnp.mean(errors**2, axis=0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("rule", rest_slow(["gaba", "upgrad", "gradnorm"], fast=["gaba"]))
     def test_64_tasks_learn(self, rule):
         """Under rules on norms, on cosines and on losses, scales 100x apart."""

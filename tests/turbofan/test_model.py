@@ -144,6 +144,7 @@ def plain_lstm(layer, x):
     return jnp.concatenate([one_way(layer.forward, x), backward], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", rest_slow([False, True], fast=[True]))
 def test_lstm_is_the_plain_recurrence(wide):
     """Values, and the gradients that are written out: of x, W, U and b, both directions."""

@@ -86,6 +86,7 @@ def test_golden(golden, variant):
         np.testing.assert_allclose(actual[4][3, 0], -7.7, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [[1.2, 0.7, 1.1], [0.9, -0.4, 2.5]])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_closed_form_is_the_gradient_through_the_norms(variant, weights):

@@ -289,6 +289,7 @@ def test_cagrad_stays_within_its_radius_and_gains(jacobian):
     assert np.min(jacobian @ direction) >= np.min(jacobian @ mean) - 1e-5 * size * np.max(norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_one_task_and_no_gradients(name):
     weights, _ = solve(name, np.array([[3.0, 4.0]]))
