@@ -15,7 +15,7 @@ from gaba_jax import _passes
 from gaba_jax._checks import check_driver_arguments, check_params
 from gaba_jax._gradients import TaskGradients, of_tasks, task_gradients
 from gaba_jax._passes import Pass
-from gaba_jax._selection import Selection, Selector, select
+from gaba_jax._selection import OVERWRITTEN, Selection, Selector, select
 from gaba_jax._state import (
     BalanceState,
     advance,
@@ -305,6 +305,11 @@ class _Update(NamedTuple):
         driver = self.driver
         if driver.microbatch_size is None:
             return driver.forward(self.params, *args, **kwargs)
+        if any(self.selection.overwritten):
+            raise ValueError(
+                f"microbatch_size takes means over parts, and the leaves of {OVERWRITTEN!r} hold "
+                "scales, of which no mean is safe. Leave microbatch_size out."
+            )
         return _passes.in_microbatches(
             driver.forward,
             driver.microbatch_size,
@@ -364,11 +369,14 @@ class _Update(NamedTuple):
                 factor.astype(t.dtype) * g.astype(t.dtype)
                 for factor, t, g in zip(factors, total, grads, strict=True)
             ]
+            terms = [
+                g.astype(t.dtype) if o else t for o, g, t in zip(over, grads, terms, strict=True)
+            ]
             if self.apart:
                 terms = [jnp.where(used, term, 0) for term in terms]
             total = [
-                jnp.maximum(t, g.astype(t.dtype)) if o else t + term
-                for o, t, g, term in zip(over, total, grads, terms, strict=True)
+                jnp.maximum(t, term) if o else t + term
+                for o, t, term in zip(over, total, terms, strict=True)
             ]
             return total, measure_one(grads, wanted, reads)
 

@@ -139,23 +139,11 @@ def advance(
     Returns:
       The state after it; ``task_weights`` are those to apply, 0 for tasks that are not usable.
     """
-    seen, norms = state.seen_by_task, jnp.zeros_like(state.task_norms)
-    measured, measurable = None, jnp.array(True)
-    if measurement is not None:
-        leaf_norms = jnp.where(present, measurement.norms, 0)
-        measured = jnp.asarray(selection.measure_on, bool)
-        if selection.shared is None:
-            # A NaN counts as a gradient here: the leaf is measured, the measurement rejected. It
-            # is not remembered as one, since it may have come from another task.
-            pulls = leaf_norms != 0
-            measured &= seen_by_two(seen | pulls)
-            seen = seen | (pulls & jnp.isfinite(leaf_norms))
-        else:
-            measured &= jnp.asarray(selection.shared, bool)
-        norms = combine_norms(leaf_norms, measured)
-        measurable = jnp.any(measured)
-    extra = {}
+    measured, seen = _measured(selection, state, measurement, present)
+    norms, measurable, extra = jnp.zeros_like(state.task_norms), jnp.array(True), {}
     if measurement is not None and measured is not None:
+        norms = combine_norms(jnp.where(present, measurement.norms, 0), measured)
+        measurable = jnp.any(measured)
         extra = combine_extra(statistics_of(weighting), measurement, measured)
         extra = jax.tree.map(lambda each: jnp.where(present, each, 0), extra)
     losses = None if task_losses is None else jnp.where(present, task_losses, 1)
@@ -209,6 +197,26 @@ def advance(
     # The rule's own answer for those present, whatever is kept for the others.
     applied = jnp.where(accepted & (not lagged), answer, state.next_task_weights)
     return advanced._replace(task_weights=restrict(weighting, applied, usable))
+
+
+def _measured(
+    selection: Selection,
+    state: BalanceState,
+    measurement: Measurement | None,
+    present: Bool[Array, " tasks"],
+) -> tuple[Bool[Array, " measured"] | None, Bool[Array, "leaves tasks"]]:
+    """Which leaves are measured (an encoder has its own), and on which a task has been seen."""
+    seen = state.seen_by_task
+    if measurement is None:
+        return None, seen
+    allowed = jnp.asarray(selection.measure_on, bool)
+    if selection.shared is not None:
+        return allowed & jnp.asarray(selection.shared, bool), seen
+    # A NaN counts as a gradient here: the leaf is measured, the measurement rejected. It is not
+    # remembered as one, since it may have come from another task.
+    norms = jnp.where(present, measurement.norms, 0)
+    pulls = norms != 0
+    return allowed & seen_by_two(seen | pulls), seen | (pulls & jnp.isfinite(norms))
 
 
 def seen_by_two(seen: Any) -> Any:

@@ -137,20 +137,25 @@ class Leaf(Protocol):
 class Whole(NamedTuple):
     """A leaf whose gradients are there, [tasks, ...].
 
-    ``slices`` are those of the array, where few enough are measured together. They are made outside
-    of any loop: XLA folds a slice of a stack, which is then never built where the gradients come
-    from the same program.
+    It is measured slice by slice where few enough are measured together: XLA folds a slice of a
+    stack, which is then never built where the gradients come from the same program.
     """
 
     array: Array
     tasks: tuple[int, ...]
-    slices: tuple[Array, ...] = ()
+    sliced: bool = False
     pairwise: bool = False
+
+    def slices(self) -> list[Array]:
+        """The gradients, as constants."""
+        # Taken where they are used, in the loop too: else XLA may add up one after the other there.
+        constant = lax.stop_gradient(self.array)
+        return [constant[i] for i in range(len(self.array))]
 
     def sums(self, scale: Array) -> Array:
         """The sums of squares of the gradients, each times its scale."""
-        if self.slices:
-            each = [sum_of_squares(slice_, s) for slice_, s in zip(self.slices, scale, strict=True)]
+        if self.sliced:
+            each = [sum_of_squares(one, s) for one, s in zip(self.slices(), scale, strict=True)]
             return jnp.stack(each).astype(jnp.float32)
         # float64 sums come back to float32 before the root: their scaled square fits there too.
         sums = jax.vmap(sum_of_squares)(lax.stop_gradient(self.array), scale)
@@ -181,9 +186,9 @@ class Whole(NamedTuple):
 
     def each(self, measured: Callable[[Array], Any]) -> Any:
         """Slice by slice where they are few."""
-        if not self.slices:
+        if not self.sliced:
             return lax.map(measured, lax.stop_gradient(self.array))
-        return jax.tree.map(lambda *each: jnp.stack(each), *map(measured, self.slices))
+        return jax.tree.map(lambda *each: jnp.stack(each), *map(measured, self.slices()))
 
     def combine(self, factors: Array, usable: Array | None) -> Array:
         """Slice by slice, which XLA folds."""
@@ -333,10 +338,9 @@ def whole_leaves(leaves: Sequence[Array]) -> list[Whole]:
 
     def made(leaf: Array) -> Whole:
         k = len(leaf)
-        slices = tuple(lax.stop_gradient(leaf)[i] for i in range(k))
         few = k * len(leaves) <= _MOST_SLICES
         pairwise = k * (k - 1) // 2 * len(leaves) <= _MOST_SLICES
-        return Whole(leaf, tuple(range(k)), slices if few else (), pairwise)
+        return Whole(leaf, tuple(range(k)), few, pairwise)
 
     return list(map(made, leaves))
 

@@ -30,12 +30,13 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.lowering import collectives, deviation
 from gaba_jax import TaskMultiSteps, balanced_value_and_grad, gaba, task_value_and_grad, weighting
+from tests.elements import of_elements
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = "docs/meshes.md"
 K, STEPS, BATCH, WIDTH = 2, 20, 16, 64  # wide enough beside the batch for norms from factors
 RULE = functools.partial(weighting.gaba, K, warmup_steps=2, beta=0.9)
-PATHS = ("plain", "stacked", "exact", "exact, cosines", "lagged")
+PATHS = ("plain", "stacked", "exact", "exact, cosines", "exact, statistics", "lagged")
 WIDE = 128  # of the page's kernels: XLA moves activations if it may
 KERNELS = {"w1": True, "w2": True, "a": False, "b": False}
 MOMENTUM = optax.sgd(1e-3, momentum=0.9)
@@ -162,8 +163,9 @@ def make_step(path, losses_fn, average=lambda grads: grads):
             return optax.apply_updates(params, updates), opt_state
 
         return step, (tx,)
-    measure, _, cosines = path.partition(", ")
-    rule = weighting.upgrad(K) if cosines else RULE()
+    measure, _, reads = path.partition(", ")
+    rules = {"": RULE, "cosines": lambda: weighting.upgrad(K), "statistics": lambda: of_elements(K)}
+    rule = rules[reads]()
     balanced = balanced_value_and_grad(losses_fn, rule, measure=measure)
 
     def step(carry, x, y):

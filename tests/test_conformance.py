@@ -28,23 +28,11 @@ from gaba_jax import (
     weighting,
 )
 from tests.debugging import MODES
+from tests.elements import of_elements
 from tests.slow import rest_slow, rest_slow_of_several
 
 K = 3
 STEPS = 4  # of which a warm-up takes one or two
-
-
-def of_elements():
-    """A rule on every statistic that is there: small weights for large elements."""
-    needs = {weighting.max_abs, weighting.mean_abs, weighting.std}
-
-    def update(stats, state):
-        sizes = sum(stats.extra[each.name] for each in needs)
-        inverse = jnp.where(stats.present, 1 / (1 + sizes), 0)
-        return inverse / jnp.maximum(inverse.sum(), 1e-6), state
-
-    equal = np.full(K, 1 / K, np.float32)
-    return weighting.Weighting(K, frozenset(needs), optax.EmptyState, update, equal)
 
 
 def make_rules():
@@ -58,7 +46,7 @@ def make_rules():
             w.inverse_norm(K), warmup_steps=1, min_weight=0.01, average="norms"
         ),
         "rescaled": lambda: w.rescaled(w.gaba(K, warmup_steps=2), float(K)),
-        "statistics": of_elements,
+        "statistics": lambda: of_elements(K),
         # What balance measures for the rules that need cosines and losses.
         "all_needs": lambda: w.inverse_norm(K)._replace(
             needs=frozenset({"norms", "cosines", "losses"})

@@ -117,6 +117,36 @@ def test_scales_of_fp8_layers_are_neither_measured_nor_weighted(options):
     chex.assert_trees_all_close(train.params["_overwrite_with_gradient"], new, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", rest_slow([{"measure": "lagged"}, {}], fast=[{"measure": "lagged"}]), ids=str
+)
+def test_a_nan_of_an_absent_task_stays_out_of_the_scales(options):
+    net, x = Fp8(), jax.random.normal(jax.random.key(5), (16, 4))
+    variables = net.init(jax.random.key(0), x)
+
+    def losses_fn(variables, scale):
+        a, b = net.apply(variables, x)
+        return jnp.mean((a - x[:, 0]) ** 2), jnp.mean((b - x[:, 1]) ** 2) * scale
+
+    balanced = balanced_value_and_grad(losses_fn, weighting.inverse_norm(2), **options)
+    step = jax.jit(balanced.value_and_grad)
+    mask = jnp.array([True, False])
+    (_, grads), _ = step(variables, balanced.init(variables), jnp.nan, task_mask=mask)
+    chex.assert_tree_all_finite(grads)
+
+
+def test_micro_batches_have_no_mean_of_scales():
+    net, x = Fp8(), jnp.ones((4, 4))
+    variables = net.init(jax.random.key(0), x)
+    balanced = balanced_value_and_grad(
+        lambda variables, x: tuple(jnp.mean(out) for out in net.apply(variables, x)),
+        weighting.inverse_norm(2),
+        microbatch_size=2,
+    )
+    with pytest.raises(ValueError, match=r"'_overwrite_with_gradient' hold scales"):
+        jax.eval_shape(balanced.value_and_grad, variables, balanced.init(variables), x)
+
+
 def balance_state(rule, params, losses_fn):
     tx = balance(rule)
     return tx.update(task_value_and_grad(losses_fn)(params)[1], tx.init(params))[1].task_weights

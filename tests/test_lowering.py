@@ -10,16 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import performance
 from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
+from tests.elements import of_elements
 from tests.on_eight_devices import of_process
 from tests.slow import rest_slow
 
 K, BATCH, PART, WIDE = 2, 512, 256, 1536  # wide enough beside the batch for norms from factors
-
-
-def of_elements(num_tasks):
-    """Equal weights, while statistics of the elements are measured."""
-    needs = frozenset({weighting.max_abs, weighting.std})
-    return weighting.uniform(num_tasks)._replace(needs=needs)
 
 
 RULES = {

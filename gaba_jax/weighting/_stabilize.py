@@ -202,12 +202,7 @@ def _of_averaged_norms(weighting: Weighting, beta: Number) -> Weighting:
         return NormAverageState(jnp.array(nothing), jnp.array(nothing), weighting.init())
 
     def update(stats: TaskStats, state: NormAverageState) -> tuple[Array, NormAverageState]:
-        decay = _decay(beta, stats.elapsed)
-        # A mass that was once there never falls to 0 again, however long the task is absent.
-        faded = jnp.maximum(decay * state.ema_mass, jnp.finfo(jnp.float32).tiny)
-        mass = jnp.where(state.ema_mass > 0, faded, 0) + jnp.where(stats.present, 1 - decay, 0)
-        rate = jnp.where(stats.present, _rate(decay, mass), 0)
-        norms = (1 - rate) * state.ema_norms + rate * stats.norms
+        mass, norms = average_norms(stats, beta, state.ema_mass, state.ema_norms)
         everyone = stats._replace(norms=norms, present=jnp.ones_like(stats.present))
         weights, inner_state = weighting.update(everyone, state.inner_state)
         complete = jnp.all(mass > 0)
@@ -218,6 +213,18 @@ def _of_averaged_norms(weighting: Weighting, beta: Number) -> Weighting:
         return weights, NormAverageState(mass, norms, inner_state)
 
     return weighting._replace(init=init, update=update)
+
+
+def average_norms(
+    stats: TaskStats, beta: Number, mass: Float[Array, " tasks"], norms: Float[Array, " tasks"]
+) -> tuple[Float[Array, " tasks"], Float[Array, " tasks"]]:
+    """The next mass and average of each task's norm, over the updates that it takes part in."""
+    decay = _decay(beta, stats.elapsed)
+    # A mass that was once there never falls to 0 again, however long the task is absent.
+    faded = jnp.maximum(decay * mass, jnp.finfo(jnp.float32).tiny)
+    mass = jnp.where(mass > 0, faded, 0) + jnp.where(stats.present, 1 - decay, 0)
+    rate = jnp.where(stats.present, _rate(decay, mass), 0)
+    return mass, (1 - rate) * norms + rate * stats.norms
 
 
 def _decay(beta: Number, updates: Int[Array, ""]) -> Float[Array, ""]:
