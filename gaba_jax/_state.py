@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gaba_jax._selection import Selection
 from gaba_jax._statistics import (
@@ -204,8 +204,11 @@ def _measured(
     state: BalanceState,
     measurement: Measurement | None,
     present: Bool[Array, " tasks"],
-) -> tuple[Bool[Array, " measured"] | None, Bool[Array, "leaves tasks"]]:
-    """Which leaves are measured (an encoder has its own), and on which a task has been seen."""
+) -> tuple[Bool[Array, " measured"] | None, Shaped[Array, "leaves tasks"]]:
+    """Which leaves are measured (an encoder has its own), and on which a task has been seen.
+
+    The latter is of integers after an optimizer that blends states with 0 and 1, such as SAM.
+    """
     seen = state.seen_by_task
     if measurement is None:
         return None, seen
