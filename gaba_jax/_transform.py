@@ -159,17 +159,20 @@ def gaba(
     weight_task_specific: bool = True,
     nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gradient-Aware Balanced Adaptation of K losses that share one model.
+    r"""Gradient-Aware Balanced Adaptation of K losses that share one model, as published.
+
+    It makes the contributions :math:`\lambda_i g_i` equal for K = 2 alone, and there up to its
+    floor: gradients 500x apart stay 25x apart. For K > 2 it lowers the loudest task and no weight
+    rises above 1/(K-1): norms (1, 1, 0.001) give contributions (0.25, 0.25, 0.0005).
+    :func:`equalize` makes them equal for any K.
 
     .. math:: \lambda_i = \frac{\sum_{j \ne i} g_j}{(K - 1) \sum_j g_j}
 
     with :math:`g_i` the L2 norm of task i's gradient on the shared parameters. The weights are
-    1/K for ``warmup_steps`` updates, then averaged with decay ``beta`` and kept above a floor. For
-    K = 2 the contributions :math:`\lambda_i g_i` become equal, whatever the scale of the losses.
+    1/K for ``warmup_steps`` updates, then averaged with decay ``beta`` and kept above a floor.
     The defaults are the published constants.
 
-    When not to use it: for losses whose gradients differ by less than 10x plain weights suffice;
-    for K > 2 a weight is at most 1/(K-1), see :func:`gaba_jax.weighting.inverse_norm`.
+    When not to use it: for losses whose gradients differ by less than 10x plain weights suffice.
 
     Args:
       num_tasks: number of tasks K >= 2, default 2.

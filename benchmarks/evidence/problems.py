@@ -478,7 +478,7 @@ def problems(shared: Path) -> dict[str, Callable[[], Problem]]:
     return {
         "FD001": lambda: engines("FD001", shared),
         "FD003": lambda: engines("FD003", shared),
-        "parkinsons": lambda: regression("medicine", voices(tables / "parkinsons.tsv.gz"), 1500),
+        "parkinsons": lambda: regression("medicine", voices(tables / "parkinsons.tsv.gz"), 150),
         "enb": lambda: regression("buildings", arff(tables / "enb.arff.gz", 2), 1500),
         "wq": lambda: regression("ecology", arff(tables / "wq.arff.gz", 14), 600),
         "oes10": lambda: regression("economics", arff(tables / "oes10.arff.gz", 16), 600),

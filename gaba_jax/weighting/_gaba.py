@@ -20,7 +20,9 @@ def gaba(
 ) -> Weighting:
     """Gradient-Aware Balanced Adaptation: :func:`inverse_share`, wrapped in :func:`stabilize`.
 
-    The defaults are the published constants.
+    Contributions become equal for K = 2 alone, up to the floor; for K > 2 no weight rises above
+    1/(K-1), and a task far quieter than the others stays quiet (:func:`equalize` is for any K). The
+    defaults are the published constants.
 
     Args:
       num_tasks: number of tasks K >= 2.
