@@ -12,7 +12,9 @@ from gaba_jax import controller
 from gaba_jax._statistics import largest_to_smallest
 
 _WIDTH = 80
-_LEAST_RATIO = 10  # below it plain weights suffice
+_LEAST_RATIO = 10  # below it uniform weights suffice
+_LEAST_BATCHES = 5  # with fewer the interval of a cosine says little
+_CONFLICT = -0.1  # a cosine nearer to 0 changes little
 
 
 class Diagnosis(NamedTuple):
@@ -63,105 +65,96 @@ class Diagnosis(NamedTuple):
         return (self.cosines < 0).mean(axis=0)
 
     @property
+    def cosine_interval(self) -> np.ndarray:
+        r"""[2, K, K], the ends of a 95 % interval of the mean cosine over the N batches.
+
+        .. math:: \bar c \pm t_{N-1}\, s / \sqrt{N}
+
+        s is the standard deviation of the N cosines, and t is Student's quantile. The ends are NaN
+        if N < 5: there are not enough batches to tell.
+        """
+        cosines = np.asarray(self.cosines, np.float64)
+        count = len(cosines)
+        if count < _LEAST_BATCHES:
+            return np.full([2, *cosines.shape[1:]], np.nan)
+        free = count - 1
+        quantile = 1.96 + 2.37 / free + 2.82 / free**2 + 3 / free**3  # to 1e-3
+        half = quantile * cosines.std(axis=0, ddof=1) / np.sqrt(count)
+        return np.clip(cosines.mean(axis=0) + np.stack([-half, half]), -1, 1)
+
+    @property
     def conflicts(self) -> list[tuple[str, str]]:
-        """The pairs of tasks whose median cosine is negative, the worst first."""
-        middle = np.median(self.cosines, axis=0)
+        """The pairs of tasks whose whole :attr:`cosine_interval` is below -0.1, the worst first."""
+        high = self.cosine_interval[1]
         pairs = itertools.combinations(range(len(self.task_names)), 2)
-        worst = sorted((middle[i, j], i, j) for i, j in pairs if middle[i, j] < 0)
+        worst = sorted((high[i, j], i, j) for i, j in pairs if high[i, j] < _CONFLICT)
         return [(self.task_names[i], self.task_names[j]) for _, i, j in worst]
 
     @property
     def recommendation(self) -> str:
-        """What to do, in a few words; :attr:`reasons` say why."""
+        """The one choice to start with, as code where there is any; :attr:`reasons` say why."""
         if not self.measured.any():
             return "nothing to balance: the tasks share no parameter"
-        if np.median(self.gradient_ratio) < _LEAST_RATIO:
-            advice = "plain weights suffice"
+        count, apart = len(self.task_names), self._apart() >= _LEAST_RATIO
+        if self.conflicts:
+            rule = f"weighting.upgrad({count})"
+            rule = f"balance({f'weighting.normalized({rule})' if apart else rule})"
+        elif apart:
+            rule = f"equalize({count})"
         else:
-            advice = "balance the tasks"
-        return f"{advice}, but expect conflict" if self.conflicts else advice
+            return "uniform weights: train on the sum of the losses, nothing to add"
+        return f"balance with optax.chain({rule}, optax.adamw(1e-3))"
 
     @property
     def reasons(self) -> list[str]:
-        """The reasons for the recommendation, and what to know about the measurement."""
+        """Why, in the first sentence; then what to know about the measurement."""
         if not self.measured.any():
             return [
-                "On no parameter that is measured do two tasks have a gradient. If one should be "
-                "shared, look for a stop_gradient, or name it with shared=only(...)."
+                "On no parameter that is measured do two tasks have a gradient.",
+                "If one should be shared, look for a stop_gradient, or name it with "
+                "shared=only(...).",
             ]
-        return [*self._on_ratio(), *self._on_conflicts(), *self._on_noise()]
-
-    def _on_ratio(self) -> list[str]:
-        num_tasks, ratio = len(self.task_names), np.median(self.gradient_ratio)
-        norms = np.median(self.norms, axis=0)
-        silent = [name for name, norm in zip(self.task_names, norms, strict=True) if norm == 0]
-        left = self._left(min_weight=0.0)
-        # One without a gradient would be given all the weight by it.
-        equalise = left >= _LEAST_RATIO and not silent
-        loud, quiet = (self.task_names[at(norms)] for at in (np.argmax, np.argmin))
-        if ratio < _LEAST_RATIO:
-            reasons = [
-                f"The gradient norms are {_number(ratio)}x apart. Below {_LEAST_RATIO}x the tasks "
-                "learn side by side with plain weights."
-            ]
+        ratio, norms = self._apart(), self._loudness()
+        silent, noise = self._on_silence(), self._on_noise()
+        pulls = ""
+        if ratio >= _LEAST_RATIO:
+            loud, quiet = (self.task_names[at(norms)] for at in (np.nanargmax, np.nanargmin))
+            pulls = f"'{loud}' pulls {_number(ratio)}x harder than '{quiet}' on what they share"
+        if self.conflicts:
+            (a, b), rest = self.conflicts[0], pulls or "weights by norms do not change that"
+            why = [f"'{a}' and '{b}' pull against each other, and {rest}."]
+        elif pulls:
+            why = [f"{pulls}, and from {_LEAST_RATIO}x on the quieter task hardly learns."]
+        elif silent:
+            why = []
         else:
-            advice = (
-                f"balance(weighting.inverse_norm({num_tasks}))"
-                if equalise
-                else f"gaba({num_tasks}, debias=True, warmup_steps=0, min_weight=0)"
-            )
-            reasons = [
-                f"'{loud}' pulls {_number(ratio)}x harder than '{quiet}' on what they share, and "
-                f"at {_LEAST_RATIO}x or more the quieter task hardly learns: try {advice}."
+            why = [
+                f"The gradient norms are {_number(ratio)}x apart, and below {_LEAST_RATIO}x the "
+                "tasks learn side by side."
             ]
-        if silent:
-            reasons.append(
-                f"{_listed(silent)} had no gradient there in half of the batches or more: no "
-                "weight makes up for that. Look for batches without labels, or saturated units."
-            )
-        if num_tasks > 2:
-            apart = (
-                ""
-                if silent
-                else f" Without a floor it would leave the weighted norms {_number(left)}x apart."
-            )
-            reasons.append(
-                f"For K = {num_tasks} a weight of GABA is at most 1/(K-1) = "
-                f"{_number(1 / (num_tasks - 1))}: it holds down the loud tasks, but cannot lift "
-                f"quiet ones without limit.{apart} weighting.inverse_norm and, with feedback, "
-                "weighting.proportional_integral equalise any number of tasks, but hand one that "
-                "has finished nearly all the weight."
-            )
-        elif not silent and (floored := self._left(min_weight=0.05)) > 1.5:
-            reasons.append(
-                f"With its default floor, min_weight=0.05, gaba() would leave the weighted norms "
-                f"{_number(floored)}x apart. With min_weight=0 they become equal."
-            )
-        return reasons
+        return [*why, *silent, *noise]
 
-    def _left(self, min_weight: float) -> float:
-        """The ratio of the weighted norms that GABA tends to under the median norms."""
-        norms = np.median(self.norms, axis=0)
-        weights = controller.steady_state(norms, min_weight=min_weight)
-        return float(largest_to_smallest(jnp.asarray(weights * norms)))
+    def _loudness(self) -> np.ndarray:
+        """[K], the median norm over the batches in which a task has a gradient, NaN for none."""
+        own = (norms[norms > 0] for norms in self.norms.T)
+        return np.array([np.median(norms) if len(norms) else np.nan for norms in own])
 
-    def _on_conflicts(self) -> list[str]:
-        if not self.conflicts:
+    def _apart(self) -> float:
+        """The median gradient ratio, or where tasks lack a gradient that of the others."""
+        ratio = np.median(self.gradient_ratio)
+        if np.isinf(ratio):
+            norms = self._loudness()
+            ratio = np.nanmax(norms) / np.nanmin(norms)
+        return float(ratio)
+
+    def _on_silence(self) -> list[str]:
+        absent = (self.norms == 0).mean(axis=0)
+        silent = [name for name, part in zip(self.task_names, absent, strict=True) if part >= 0.5]
+        if not silent:
             return []
-        at = self.task_names.index
-        pairs = [
-            f"'{a}' and '{b}' (median cosine {np.median(self.cosines[:, at(a), at(b)]):.2f}, "
-            f"negative in {_percent(self.conflict_rate[at(a), at(b)])} of the batches)"
-            for a, b in self.conflicts[:3]
-        ]
-        more = f", and {len(self.conflicts) - 3} pairs more" if len(self.conflicts) > 3 else ""
-        aware = f"weighting.upgrad({len(self.task_names)})"
-        if np.median(self.gradient_ratio) >= _LEAST_RATIO:  # one that evens out norms too
-            aware = f"weighting.normalized({aware})"
         return [
-            f"Against each other pull {'; '.join(pairs)}{more}. Weights by norms even out how hard "
-            f"tasks pull, not where to: use a conflict-aware weighting, such as balance({aware}), "
-            "or reconsider what is shared."
+            f"{_listed(silent)} had no gradient on what they share in half of the batches or more, "
+            "and no weight makes up for that: look for batches without labels, or saturated units."
         ]
 
     def _on_noise(self) -> list[str]:
@@ -169,9 +162,8 @@ class Diagnosis(NamedTuple):
         if not noisy:
             return []
         return [
-            f"More than half of the squared norm of {_listed(noisy)} is minibatch noise: its norm "
-            "says more of the batch size than of the task, and its cosines are nearer to 0 than "
-            "those of the full gradients."
+            f"More than half of the squared norm of {_listed(noisy)} is minibatch noise, which "
+            "lifts its norm and draws its cosines to 0."
         ]
 
     def table(self, *, leaves: bool = False) -> str:
@@ -200,7 +192,8 @@ class Diagnosis(NamedTuple):
         if leaves:
             parts.append(self._leaves())
         advice = [_wrapped(f"Recommendation: {self.recommendation}")]
-        advice += [_wrapped(reason, "- ", "  ") for reason in self.reasons]
+        why, *more = self.reasons
+        advice += [_wrapped(f"Why: {why}"), *(_wrapped(each, "- ", "  ") for each in more)]
         return "\n\n".join([*parts, "\n".join(advice)])
 
     def __str__(self) -> str:
@@ -229,14 +222,28 @@ class Diagnosis(NamedTuple):
         return _wrapped(f"{middle}, from {low} to {high}" if len(ratio) > 1 else middle)
 
     def _cosines(self) -> str:
-        middle = np.median(self.cosines, axis=0)
-        above = np.triu_indices(len(self.task_names), 1)
         rows = [
-            [name, *(f"{value:.2f}" for value in middle[i])]
-            for i, name in enumerate(self.task_names)
+            [name, *(f"{value:.2f}" for value in cosines)]
+            for name, cosines in zip(self.task_names, self.cosines.mean(axis=0), strict=True)
         ]
-        rate = _percent(self.conflict_rate[above].mean())
-        return f"{_table(['cosine', *self.task_names], rows)}\nconflict rate, cosine < 0: {rate}"
+        return f"{_table(['mean cosine', *self.task_names], rows)}\n{_wrapped(self._conflict())}"
+
+    def _conflict(self) -> str:
+        """What the interval of the pair that is nearest to conflict says."""
+        if len(self.cosines) < _LEAST_BATCHES:
+            return f"conflict: not enough batches to tell, {_LEAST_BATCHES} at least"
+        above = np.triu_indices(len(self.task_names), 1)
+        low, high = (ends[above] for ends in self.cosine_interval)
+        certain = high.min() < _CONFLICT
+        at = np.argmin(high if certain else low)
+        verdict = "yes" if certain else "not certain" if low[at] < _CONFLICT else "none"
+        a, b = (shortened(self.task_names[index[at]], 24) for index in above)
+        more = f"; {len(self.conflicts) - 1} more" if len(self.conflicts) > 1 else ""
+        mean = self.cosines.mean(axis=0)[above][at]
+        return (
+            f"conflict, cosine < {_CONFLICT}: {verdict}; '{a}' and '{b}' {mean:.2f}, 95 % interval "
+            f"{low[at]:.2f} to {high[at]:.2f}{more}"
+        )
 
     def _leaves(self) -> str:
         rows = [

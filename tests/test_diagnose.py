@@ -1,7 +1,5 @@
 """diagnose: what it measures, what it says of it, and that it fits the page."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import optax
 import pytest
 
 import gaba_jax
-from gaba_jax import balance, diagnose, exclude, only, weighting
+from gaba_jax import Diagnosis, balance, diagnose, exclude, only, weighting
 from gaba_jax.turbofan import diagnosis
 from gaba_jax.turbofan.train import TrainConfig, load_data, train
 from tests.slow import rest_slow
@@ -21,7 +19,39 @@ def linear(*directions):
     return (lambda params, x: list(rows @ params["w"] * jnp.mean(x))), {"w": jnp.zeros(2)}
 
 
+def made(norms, cosines):
+    """A diagnosis of measurements [N, K] and [N, K, K] on one shared leaf."""
+    norms = np.array(norms, np.float32)
+    return Diagnosis(
+        task_names=tuple("abcd"[: norms.shape[1]]),
+        losses=norms,
+        norms=norms,
+        cosines=np.array(cosines, np.float32),
+        noise=np.zeros(norms.shape[1]),
+        paths=("w",),
+        shapes=((2,),),
+        shared=np.ones(1, bool),
+        measured=np.ones(1, bool),
+        leaf_norms=norms[:1],
+        nonfinite_count=0,
+    )
+
+
+def with_cosines(*cosines, loud=2.0):
+    """Two tasks, with one of these cosines in each batch."""
+    return made([[1.0, loud]] * len(cosines), [[[1, c], [c, 1]] for c in cosines])
+
+
 ONES = [(jnp.ones(4),)]
+UNIFORM = "uniform weights: train on the sum of the losses, nothing to add"
+
+
+def balance_with(rule):
+    return f"balance with optax.chain({rule}, optax.adamw(1e-3))"
+
+
+def joined(found):
+    return " ".join(str(found).split())
 
 
 def test_it_measures_what_the_transform_measures(toy):
@@ -134,62 +164,104 @@ def test_halves_draw_apart_and_aux_is_left_alone():
     assert abs(found.noise[1]) < 1e-5
 
 
-def test_plain_weights_suffice():
-    found = diagnose(*linear([3, 4], [0.0, 1.0]), ONES)
-    assert found.recommendation == "plain weights suffice"
-    assert len(found.reasons) == 1
-    assert "5x apart" in found.reasons[0]
-
-
-def test_two_tasks_to_balance():
-    found = diagnose(*linear([0, 50], [0.0, 1.0]), ONES)
-    assert found.recommendation == "balance the tasks"
-    first, second = found.reasons
-    assert "'0' pulls 50x harder than '1'" in first
-    assert "gaba(2, " in first
-    assert f"{50 * 0.05 / (50 / 51):.2f}x apart" in second  # (0.05, 50/51), divided by their sum
-    just = diagnose(*linear([0, 19], [0.0, 1.0]), ONES)
-    assert len(just.reasons) == 1  # the floor does not bind
-
-
-def test_tasks_that_oppose_each_other():
-    found = diagnose(*linear([0, 500], [0.3, -1.0]), ONES)
-    assert found.recommendation == "balance the tasks, but expect conflict"
-    assert found.conflicts == [("0", "1")]
-    np.testing.assert_array_equal(found.conflict_rate, [[0, 1], [1, 0]])
-    assert "median cosine -0.96, negative in 100 % of the batches" in found.reasons[-1]
-    assert "weighting.upgrad" in found.reasons[-1]
-
-
-@pytest.mark.parametrize(("ratio", "balance"), [(9.99, False), (10.0, True)])
-def test_ten_times_is_where_balancing_begins(ratio, balance):
+@pytest.mark.parametrize(
+    ("ratio", "choice"), [(5.0, UNIFORM), (9.99, UNIFORM), (10.0, balance_with("equalize(2)"))]
+)
+def test_ten_times_is_where_balancing_begins(ratio, choice):
     found = diagnose(*linear([0, ratio], [0.0, 1.0]), ONES)
-    assert found.recommendation == ("balance the tasks" if balance else "plain weights suffice")
-    against = diagnose(*linear([1.0, ratio], [0.1, -1.0]), ONES)
-    assert ("weighting.normalized(weighting.upgrad(2))" in against.reasons[-1]) == (ratio >= 10.1)
+    assert found.recommendation == choice
+    (why,) = found.reasons
+    assert (f"'0' pulls {ratio:.3g}x harder than '1'" in why) == (choice != UNIFORM)
+    assert (f"{ratio:.3g}x apart" in why) == (choice == UNIFORM)
+    assert f"Recommendation: {choice} Why: {why}" in joined(found)
+    assert str(found).count("\nWhy: ") == 1
 
 
-def test_what_gaba_cannot_do_for_three():
-    found = diagnose(*linear([1, 0], [0.0, 1.0], [0.0, 0.001]), ONES)
-    reason = found.reasons[1]
-    assert "at most 1/(K-1) = 0.5" in reason
-    assert "501x apart" in reason  # contributions (.25, .25, .0005)
-    assert "weighting.inverse_norm" in reason
-    assert "try balance(weighting.inverse_norm(3))" in found.reasons[0]
-    bounded = diagnose(*linear([30, 0], [0.0, 20.0], [0.0, 2.0]), ONES)
-    assert "try gaba(3, debias" in bounded.reasons[0]
-    silent = diagnose(*linear([30, 0], [0.0, 20.0], [0.0, 0.0]), ONES, shared=only("w"))
-    assert "try gaba(3, debias" in silent.reasons[0]
-    assert "'2' had no gradient there" in silent.reasons[1]
-    assert "at most 1/(K-1) = 0.5" in silent.reasons[2]
-    assert "apart" not in silent.reasons[2]
+def test_the_choice_for_three_names_the_loudest_and_the_quietest():
+    found = made([[1, 20, 0.5]], [np.eye(3)])
+    assert found.recommendation == balance_with("equalize(3)")
+    assert "'b' pulls 40x harder than 'c'" in found.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("loud", "rule", "why"),
+    [
+        (1.2, "balance(weighting.upgrad(2))", "weights by norms do not change that"),
+        (50.0, "balance(weighting.normalized(weighting.upgrad(2)))", "'b' pulls 50x harder"),
+    ],
+)
+def test_conflict_changes_the_choice_where_it_is_certain(loud, rule, why):
+    found = with_cosines(-0.5, -0.4, -0.6, -0.5, -0.55, loud=loud)
+    assert found.conflicts == [("a", "b")]
+    assert found.recommendation == balance_with(rule)
+    (reason,) = found.reasons
+    assert reason.startswith("'a' and 'b' pull against each other, ")
+    assert why in reason
+    np.testing.assert_array_equal(found.conflict_rate, [[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("cosines", "verdict"),
+    [
+        ((-0.9, -0.9, -0.9, -0.9), "conflict: not enough batches to tell, 5 at least"),
+        ((-0.9,), "conflict: not enough batches to tell, 5 at least"),
+        # Mean -.2, s = .1 sqrt(2.5), t = 2.776: half the width is .196.
+        (
+            (-0.4, -0.3, -0.2, -0.1, 0.0),
+            "conflict, cosine < -0.1: not certain; 'a' and 'b' -0.20, 95 % interval -0.40 to -0.00",
+        ),
+        (
+            (-0.03, -0.08, -0.06, -0.05, -0.06),
+            "conflict, cosine < -0.1: none; 'a' and 'b' -0.06, 95 % interval -0.08 to -0.03",
+        ),
+        (
+            (-0.99, -0.99, -0.99, -0.99, -0.91),
+            "conflict, cosine < -0.1: yes; 'a' and 'b' -0.97, 95 % interval -1.00 to -0.93",
+        ),
+    ],
+)
+def test_what_the_interval_says_of_conflict(cosines, verdict):
+    found = with_cosines(*cosines)
+    assert verdict in joined(found)
+    assert (found.recommendation == UNIFORM) == (" yes" not in verdict)
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(5, 2.77645), (6, 2.57058), (10, 2.26216), (31, 2.04227)]
+)
+def test_the_interval_is_that_of_student(count, quantile):
+    """The quantiles are scipy's."""
+    made = np.linspace(-0.3, 0.3, count)
+    low, high = with_cosines(*made).cosine_interval[:, 0, 1]
+    half = quantile * made.std(ddof=1) / np.sqrt(count)
+    np.testing.assert_allclose([low, high], [-half, half], rtol=1e-3)
+
+
+def test_of_three_the_pairs_that_conflict():
+    cosines = [[1, -0.9, 0.5], [-0.9, 1, -0.6], [0.5, -0.6, 1]]
+    found = made([[1, 2, 3]] * 5, [cosines] * 5)
+    assert found.conflicts == [("a", "b"), ("b", "c")]
+    assert "yes; 'a' and 'b' -0.90, 95 % interval -0.90 to -0.90; 1 more" in joined(found)
+    assert found.recommendation == balance_with("balance(weighting.upgrad(3))")
 
 
 def test_a_task_without_a_gradient():
     found = diagnose(*linear([1, 0], [0.0, 0.0]), ONES, shared=only("w"))
-    assert found.recommendation == "balance the tasks"
-    assert "'1' had no gradient there" in found.reasons[1]
+    assert found.recommendation == UNIFORM
+    (why,) = found.reasons
+    assert why.startswith("'1' had no gradient on what they share")
     assert "median inf" in str(found)
+    three = made([[30, 2, 0]], [np.eye(3)])
+    assert three.recommendation == balance_with("equalize(3)")
+    assert "'a' pulls 15x harder than 'b'" in three.reasons[0]
+    assert "'c' had no gradient" in three.reasons[1]
+
+
+def test_tasks_that_take_turns_are_compared_where_they_have_a_gradient():
+    found = made([[30, 0], [0, 1]] * 3, [np.eye(2)] * 6)
+    assert found.recommendation == balance_with("equalize(2)")
+    assert "'a' pulls 30x harder than 'b'" in found.reasons[0]
+    assert "'a', 'b' had no gradient" in found.reasons[1]
 
 
 def test_nothing_is_shared():
@@ -232,14 +304,14 @@ def test_the_table_fits_80_columns(num_tasks):
         total = sum(leaf.sum() for leaf in jax.tree.leaves(params))
         return [sign * x.mean() * total * 10**9 for sign in signs]
 
-    found = diagnose(losses_fn, params, [(np.linspace(-1, 2, 8),)] * 3, task_names=names)
+    found = diagnose(losses_fn, params, [(np.linspace(-1, 2, 8),)] * 5, task_names=names)
     lines = found.table(leaves=True).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("block_xxxx") for line in lines) % 2 == 0
     assert str(found) == found.table()
     assert "block" not in str(found)
     for i in range(num_tasks):  # every task has its column of cosines and of leaf norms
-        shown = [line for line in lines if line.startswith(("cosine ", "leaf "))]
+        shown = [line for line in lines if line.startswith(("mean cosine ", "leaf "))]
         assert sum(f"me_{i:02} " in f"{line} " for line in shown) == 2
 
 
@@ -294,19 +366,10 @@ def test_integers_are_no_parameters():
         diagnose(lambda p, x: (p @ x, p @ x), jnp.zeros(2, int), ONES)
 
 
-@pytest.mark.parametrize(
-    ("gradients", "before"),
-    [
-        ([[0, 50], [0.0, 1.0]], "try "),
-        ([[1, 0], [0.0, 1.0], [0.0, 0.001]], "try "),
-        ([[3, 1], [-3.0, 0.0]], "such as "),
-        ([[30, 1], [-1.0, 0.0]], "such as "),
-    ],
-)
-def test_the_optimizer_it_recommends_is_there(gradients, before):
+@pytest.mark.parametrize(("loud", "cosine"), [(50, 0.5), (1.5, -0.9), (50, -0.9)])
+def test_the_optimizer_it_recommends_is_there(loud, cosine):
     """The call in the recommendation, as it is printed."""
-    found = diagnose(*linear(*gradients), ONES)
-    (reason,) = (reason for reason in found.reasons if before in reason)
-    call = re.split(r"\.$|, or", reason.split(before)[1])[0]
-    tx = eval(call, vars(gaba_jax))
+    found = with_cosines(*[cosine] * 5, loud=loud)
+    call = found.recommendation.removeprefix("balance with ")
+    tx = eval(call, {**vars(gaba_jax), "optax": optax})
     assert isinstance(tx, optax.GradientTransformation)

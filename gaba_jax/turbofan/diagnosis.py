@@ -29,7 +29,7 @@ def diagnose_run(data: TurbofanData, config: TrainConfig, num_batches: int = 8) 
       >>> from gaba_jax.turbofan.train import TrainConfig, load_data
       >>> config = TrainConfig(stride=20)
       >>> diagnose_run(load_data(config), config, num_batches=2).recommendation
-      'balance the tasks'
+      'balance with optax.chain(equalize(2), optax.adamw(1e-3))'
     """
     num_windows, window, channels = data.train.windows.shape
     if config.batch_size < 1 or not 1 <= num_batches <= num_windows // config.batch_size:
