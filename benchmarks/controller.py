@@ -36,7 +36,7 @@ def methods(num_tasks: int) -> dict[str, weighting.Weighting]:
     pi = weighting.proportional_integral
     return {
         "uniform": weighting.uniform(num_tasks),
-        "gaba, recommended": weighting.gaba(num_tasks, **recommended),
+        "gaba, debiased": weighting.gaba(num_tasks, **recommended),
         "inverse_norm": weighting.inverse_norm(num_tasks),
         "inverse_norm, averaged": weighting.stabilize(
             weighting.inverse_norm(num_tasks), **recommended
@@ -50,7 +50,7 @@ def methods(num_tasks: int) -> dict[str, weighting.Weighting]:
 
 TRAINED = (  # on the digits
     "uniform",
-    "gaba, recommended",
+    "gaba, debiased",
     "inverse_norm",
     "inverse_norm, averaged",
     "proportional_integral",

@@ -1,17 +1,20 @@
-"""The README's section on performance, from the JSON of overhead and peers.
+"""The README's section on performance, and that of docs/benchmarks.md, from overhead and peers.
 
-``python -m benchmarks.performance`` writes it between the markers in README.md: one table and three
-sentences. The tables of PyTorch and of growth are on docs/benchmarks.md (benchmarks.docs_pages).
+``python -m benchmarks.performance`` writes both between their markers: a table of four paths, and
+one of all; and three sentences. The tables of PyTorch and of growth are benchmarks.docs_pages'.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._paths import PATHS
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 START, END = "<!-- made by benchmarks.performance -->\n", "<!-- end -->\n"
+SHORT = ("plain", "stacked", "exact", "encoder")  # paths in the README's table
 FEWEST_ROUNDS = 5  # fewer are no measurement
 MODELS = {
     "mlp": "MLP",
@@ -30,13 +33,13 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def overhead() -> str:
+def overhead(paths: Sequence[str]) -> str:
     """The table."""
     document = read("overhead")
     results = document["results"]
     head = [f"{title}, K = 2" for title in MODELS.values()] + ["MLP, K = 8", "memory, MLP, K = 8"]
     lines = [row("", *head), "|---|" + "---|" * len(head)]
-    for path in PATHS:
+    for path in paths:
         large = results["mlp"]["8"][path]
         measured = [results.get(name, {}).get("2", {}).get(path) for name in MODELS]
         cells = [f"{of['time']:.2f}" if of else "-" for of in (*measured, large)]
@@ -44,9 +47,10 @@ def overhead() -> str:
     versions = document["versions"]
     where = f"{document['machine']}; jax {versions['jax']}, float32, batch 64"
     return (
-        "The table has the time of a train step with AdamW over that of a step with fixed weights, "
-        "in\nmedians over interleaved rounds, and XLA's temporary memory likewise\n"
-        f"({where};\n`python -m benchmarks.overhead`).\n\n" + "\n".join(lines) + "\n"
+        "Time of a train step over that of a step with fixed weights, in medians over interleaved "
+        f"rounds, and temporary memory likewise\n({where}; `python -m benchmarks.overhead`).\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 
@@ -57,7 +61,7 @@ def of_many_tasks() -> str:
     exact, stacked = of_mlp[k]["exact"], of_mlp[k]["stacked"]
     return (
         f"With {k} tasks an exact step of the MLP takes {exact['time']:.1f}x the time and "
-        f"{exact['memory']:.1f}x the memory of a plain one,\nand a stacked step "
+        f"{exact['memory']:.1f}x the memory of a plain one, and a stacked step "
         f"{stacked['time']:.0f}x and {stacked['memory']:.0f}x."
     )
 
@@ -77,7 +81,7 @@ def beside_pytorch() -> str:
     return (
         f"PyTorch {versions['torch'].split('+')[0]} takes {faster('exact', 'torch published')} the "
         f"time of an exact step for the published one,\nand TorchJD {versions['torchjd']} with "
-        f"UPGrad takes {faster('exact, UPGrad', 'TorchJD UPGrad')} that of UPGrad here\n"
+        f"UPGrad takes {faster('exact, UPGrad', 'TorchJD UPGrad')} that of UPGrad here "
         "(`python -m benchmarks.peers`)."
     )
 
@@ -88,8 +92,8 @@ def short_runs() -> str:
     return f"\n**Placeholders, of a short run: {', '.join(names)}.**\n" if names else ""
 
 
-def section() -> str:
-    return f"{overhead()}\n{of_many_tasks()}\n{beside_pytorch()}\n{short_runs()}"
+def section(paths: Sequence[str] = SHORT) -> str:
+    return f"{overhead(paths)}\n{of_many_tasks()} {beside_pytorch()}\n{short_runs()}"
 
 
 def replace_between(text: str, start: str, end: str, new: str) -> str:
@@ -99,7 +103,8 @@ def replace_between(text: str, start: str, end: str, new: str) -> str:
 
 
 def main() -> None:
-    README.write_text(replace_between(README.read_text(), START, END, section()))
+    for page, paths in ((README, SHORT), (PAGE, PATHS)):
+        page.write_text(replace_between(page.read_text(), START, END, section(paths)))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@
 #
 # A network is trained to solve a differential equation. One loss says how well it satisfies the
 # equation inside, another how well it satisfies the boundary condition. Their gradients differ,
-# and the usual remedy is a weight found by trial. This notebook compares fixed weights with GABA
-# and `inverse_norm`, on an equation whose solution is known.
+# and the usual remedy is a weight found by trial. This notebook compares fixed weights with
+# `equalize` and `inverse_norm`, on an equation whose solution is known.
 
 # %%
 try:
@@ -186,12 +186,12 @@ print(f"{time.perf_counter() - started:.0f} s, with compilation")
 # %% [markdown]
 # ## Balanced weights
 #
-# `gaba` in the setting that the documentation recommends, and `inverse_norm`, which has no
-# average. For two tasks both aim at the same weights. Nothing is searched.
+# `equalize`, and `inverse_norm`, which has no average and no bound for a loss that is solved. Both
+# aim at even contributions. Nothing is searched.
 
 # %%
 BALANCED = {
-    "gaba": weighting.gaba(2, debias=True, warmup_steps=0, min_weight=0),
+    "equalize": weighting.equalize(2),
     "inverse_norm": weighting.inverse_norm(2),
 }
 started = time.perf_counter()
@@ -227,10 +227,10 @@ plt.show()
 plot.balance_history(*(values[0] for values in runs["equal"][2:]), TASKS)
 
 # %% [markdown]
-# With GABA:
+# With `equalize`:
 
 # %%
-plot.balance_history(*(values[0] for values in runs["gaba"][2:]), TASKS)
+plot.balance_history(*(values[0] for values in runs["equalize"][2:]), TASKS)
 
 # %% [markdown]
 # Where the solutions are wrong: the exact one, and the absolute error of the first seed, on one
@@ -239,7 +239,7 @@ plot.balance_history(*(values[0] for values in runs["gaba"][2:]), TASKS)
 # %%
 figure, panels = plt.subplots(1, 4, figsize=(11, 2.6), layout="constrained")
 pictures = {}
-for name in ("equal", "fixed 100", "gaba"):
+for name in ("equal", "fixed 100", "equalize"):
     params = jax.tree.map(lambda leaf: leaf[0], runs[name][0])
     pictures[f"error, {name}"] = np.abs(network(params, grid) - exact(grid))
 largest = max(picture.max() for picture in pictures.values())
@@ -262,7 +262,7 @@ plt.show()
 #   contributions are a sensible aim, and not the same as the lowest error.
 # - The best weight has to be found: 10 and 1000 are both worse than balancing, and 1000 is
 #   unreliable. The search cost three runs, and may have to be done again for the next equation.
-# - `gaba` averages its weights, `inverse_norm` follows every batch. Their errors do not differ by
+# - `equalize` averages the norms, `inverse_norm` follows every batch. Their errors do not differ by
 #   more than their spread over the seeds.
 #
 # This is one equation, one small network, 2500 updates and three seeds.
@@ -277,12 +277,12 @@ imbalance = {
 _, _, norms, weights = runs["equal"]
 assert np.all(weights == 0.5)
 assert np.allclose(imbalance["inverse_norm"], 1, rtol=1e-3)
-assert np.median(imbalance["gaba"]) < 3 < np.median(norms[..., 1] / norms[..., 0])
+assert np.median(imbalance["equalize"]) < 3 < np.median(norms[..., 1] / norms[..., 0])
 assert all(np.isfinite(error).all() for error in errors.values())
 if not FAST:  # a few updates say nothing about errors
     mean = {name: error.mean() for name, error in errors.items()}
     for name in BALANCED:
         assert mean[name] < 0.6 * mean["equal"]
         assert mean["fixed 100"] < mean[name] < min(mean["fixed 10"], mean["fixed 1000"])
-    between = abs(mean["gaba"] - mean["inverse_norm"])
-    assert between < np.ptp(errors["gaba"]) + np.ptp(errors["inverse_norm"])
+    between = abs(mean["equalize"] - mean["inverse_norm"])
+    assert between < np.ptp(errors["equalize"]) + np.ptp(errors["inverse_norm"])

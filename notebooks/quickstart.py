@@ -39,7 +39,7 @@ import optax
 from gaba_jax import (
     balance,
     balance_metrics,
-    gaba,
+    equalize,
     plot,
     task_names,
     task_value_and_grad,
@@ -97,7 +97,7 @@ print(names)
 
 # %%
 losses, grads = task_value_and_grad(losses_fn)(start, *train_data)
-balancer = gaba(debias=True, warmup_steps=0, min_weight=0)
+balancer = equalize(2)
 _, state = balancer.update(grads, balancer.init(start), start)
 first = balance_metrics(state, names)
 for key, value in first.items():
@@ -157,7 +157,7 @@ def columns(history, kind):
 plot.balance_history(columns(equal, "norm"), columns(equal, "weight"), names)
 
 # %% [markdown]
-# With GABA the weights follow the norms, and the weighted gradients (green) stay close to even.
+# Equalized, the weights follow the norms, and the weighted gradients (green) stay close to even.
 
 # %%
 plot.balance_history(columns(balanced, "norm"), columns(balanced, "weight"), names)
@@ -178,14 +178,14 @@ def unexplained(params):
     }
 
 
-scores = {"equal": unexplained(equal_params), "gaba": unexplained(balanced_params)}
+scores = {"equal": unexplained(equal_params), "equalize": unexplained(balanced_params)}
 for method, score in scores.items():
-    print(f"{method:6}", {name: round(value, 4) for name, value in score.items()})
+    print(f"{method:9}", {name: round(value, 4) for name, value in score.items()})
 
 # %% [markdown]
 # Here balancing brings the error of the quiet task down to less than half, and costs the loud one
-# a little. It is a trade: which of the two matters more is for you to say. `task_priorities=(2,
-# 1)` would ask for twice the contribution of the first task.
+# a little. It is a trade: which of the two matters more is for you to say. `equalize(2,
+# ratios=(2, 1))` would ask for twice the contribution of the first task.
 #
 # This is one small problem and one seed. On your own, measure: `gaba_jax.diagnose` says before
 # training how far apart the gradients are.
@@ -207,5 +207,5 @@ assert np.isclose(first["imbalance"], 1, rtol=1e-4)
 assert np.median(equal["gradient_ratio"]) > 5
 assert np.allclose(equal["imbalance"], equal["gradient_ratio"], rtol=1e-4)
 assert np.median(balanced["imbalance"]) < 2
-assert scores["gaba"]["quiet"] < 0.5 * scores["equal"]["quiet"]
-assert scores["gaba"]["loud"] < 2 * scores["equal"]["loud"] < 0.1
+assert scores["equalize"]["quiet"] < 0.5 * scores["equal"]["quiet"]
+assert scores["equalize"]["loud"] < 2 * scores["equal"]["loud"] < 0.1

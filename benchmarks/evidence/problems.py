@@ -112,7 +112,7 @@ def engines(subset: str, shared: Path) -> Problem:
         init=init,
         losses=losses,
         evaluate=evaluate,
-        steps=700,
+        steps=500,
     )
 
 
@@ -374,7 +374,7 @@ def burgers() -> Problem:
         return relative_error(predicted, jnp.asarray(truths[split]))
 
     tasks = ("residual", "initial", "boundary")
-    return physics(tasks, (2, 32, 32, 32, 1), losses, evaluate, 3000)
+    return physics(tasks, (2, 32, 32, 32, 1), losses, evaluate, 1500)
 
 
 def allen_cahn() -> Problem:
@@ -413,7 +413,7 @@ def allen_cahn() -> Problem:
         predicted = jax.vmap(jax.vmap(lambda t, x: u_of(params, x, t)))(*points)
         return relative_error(predicted, jnp.asarray(truth))
 
-    return physics(("residual", "initial"), (3, 32, 32, 32, 1), losses, evaluate, 3000)
+    return physics(("residual", "initial"), (3, 32, 32, 32, 1), losses, evaluate, 1500)
 
 
 # Language: characters after eight others, by one of eight experts.

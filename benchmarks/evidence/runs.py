@@ -66,12 +66,9 @@ def within(num_tasks: int, ratio: float) -> weighting.Weighting:
 # What equalize was chosen from: its options, one at a time, and less than equal contributions.
 VARIANTS: dict[str, Rule] = {
     "equalize, rho .01": lambda k: weighting.equalize(k, rho=0.01),
-    "equalize, rho .5": lambda k: weighting.equalize(k, rho=0.5),
     "equalize, beta .99": lambda k: weighting.equalize(k, beta=0.99),
     "equalize, power .5": lambda k: damped(k, lambda distance: distance / 2),
-    "equalize, within 3": lambda k: within(k, 3.0),
     "equalize, within 10": lambda k: within(k, 10.0),
-    "equalize, within 30": lambda k: within(k, 30.0),
     "gaba, debiased": lambda k: weighting.gaba(k, debias=True, warmup_steps=0, min_weight=0.0),
 }
 

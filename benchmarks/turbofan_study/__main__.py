@@ -4,7 +4,7 @@ Trains the compact model on all four subsets of C-MAPSS in DIR, five seeds, with
 with GABA changed one factor at a time. Finished runs are kept in RUNS, so it can be stopped and
 started again; two processes may share RUNS if they take different subsets. ``--report-only`` takes
 the cells that are complete. The results and pictures are written beside this script, and tables of
-them into docs/turbofan_study.md and the README.
+them into docs/turbofan_study.md.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
-"""Tables of results.csv for docs/turbofan_study.md and the README."""
+"""Tables of results.csv for docs/turbofan_study.md."""
 
 import csv
-import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,7 @@ from pathlib import Path
 from benchmarks.performance import replace_between
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-PAGES = (ROOT / "docs" / "turbofan_study.md", ROOT / "README.md")
+PAGE = HERE.parent.parent / "docs" / "turbofan_study.md"
 END = "<!-- end -->\n"
 RECOMMENDED = "gaba:debias=true,warmup_steps=0,min_weight=0.0"
 CURED = "gaba:debias=true,warmup_steps=0"
@@ -112,7 +110,6 @@ def tables() -> dict[str, str]:
 
 
 def write() -> None:
-    """Writes every table where a page has its marker."""
-    for page, (name, text) in itertools.product(PAGES, tables().items()):
-        if start(name) in page.read_text():
-            page.write_text(replace_between(page.read_text(), start(name), END, text))
+    """Writes every table where the page has its marker."""
+    for name, text in tables().items():
+        PAGE.write_text(replace_between(PAGE.read_text(), start(name), END, text))
