@@ -344,7 +344,7 @@ def test_what_the_study_says_of_the_loops_is_so():
     assert np.mean(apart["the same from 1/K"]) < 0.6
     assert max(equal, key=lambda name: np.mean(equal[name])) == "uniform"
     data = study.toy.overlay_digits(partners=1)
-    accuracies, departures = study.classify(study.methods(4)["gaba, recommended"], data, (0, 1), 1)
+    accuracies, departures = study.classify(study.methods(4)["gaba, debiased"], data, (0, 1), 1)
     assert accuracies.shape == (2, 2, 4)
     assert np.all((accuracies > 0) & (accuracies < 1))
     assert np.all(departures > 0)

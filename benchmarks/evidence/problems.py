@@ -112,7 +112,7 @@ def engines(subset: str, shared: Path) -> Problem:
         init=init,
         losses=losses,
         evaluate=evaluate,
-        steps=500,
+        steps=400,
     )
 
 
@@ -467,7 +467,7 @@ def language() -> Problem:
         init=init,
         losses=losses,
         evaluate=evaluate,
-        steps=1500,
+        steps=1000,
         learning_rate=1e-2,
     )
 
