@@ -143,8 +143,8 @@ plots.confusion_matrix(run.predicted_health, engines.test.health)
 # %% [markdown]
 # ## A comparison
 #
-# Equal weights, GABA with the published constants, and `equalize`. Every method starts from the same
-# parameters and sees the same batches, seed by seed.
+# Equal weights, GABA with the published constants, and `equalize`. Every method starts from the
+# same parameters and sees the same batches, seed by seed.
 
 # %%
 METHODS = ("uniform", "gaba", "equalize")

@@ -152,7 +152,7 @@ def test_stacked_exact_and_lagged_agree(schedule, static):
             before = np.concatenate([np.full((1, K), 1 / K), states.next_task_weights[:-1]])
             for t, present in enumerate(np.asarray(schedule["present"])):
                 if present.all():
-                    # Published weights are differences from their sum: a small one has its rounding.
+                    # Published weights are differences from a sum: small ones have its rounding.
                     np.testing.assert_allclose(
                         other.task_weights[t], before[t], rtol=1e-5, atol=1e-7
                     )

@@ -85,7 +85,7 @@ def test_runs_are_of_the_same_protocol():
 
 def test_what_the_page_says_of_the_runs():
     (uniform,), (gaba,), (recommended,) = FD001.values()
-    of_all = [uniform, gaba, debiased]
+    of_all = [uniform, gaba, recommended]
     assert f"in {sum(run['timing']['seconds'] for run in of_all) / 60:.0f} minutes" in PAGE
     steps = sum(run["updates"] * run["timing"]["step_seconds"] for run in of_all)
     assert f"({steps / 60:.0f} by the median" in PAGE
