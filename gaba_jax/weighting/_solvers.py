@@ -1,139 +1,21 @@
-"""The small dense problems behind the Gramian rules, solved in the metric of the cosines.
+"""The small dense equations behind the Gramian rules, solved in the metric of the cosines.
 
-Every rule scales its problem so that the matrix is that of the cosines (diagonal 1): rows that
-differ by any factor then lose no digits, and no regularisation is needed that would let the small
-task be opposed. ``optax.nnls``, a projected gradient as ``optax.projections`` would make one, needs
-thousands of steps where rows nearly oppose each other; the interior points of ``qpax`` are as exact
-as what is here, but for such rows, where float32 cannot hold the matrix that they factorise: 2e-2
-from the solution with eight rows within 1e-2 of a line, 2e-4 here. The active-set method below
-ends after about as many pivots as there are tasks, and copes with singular matrices.
+The matrix is that of the cosines (diagonal 1): rows that differ by any factor then lose no digits.
 
 Jitted here, or every call outside of jit would compile its loops anew.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 _DEPENDENT = 3e-6  # a pivot below it is rounding: the cosines are float32
 _OPTIMAL = 1e-6
-_POLISH_SWEEPS = 2
 _RIDGE = 1e-6  # keeps what opposed tasks send to infinity finite
 _NEWTON_STEPS = 40
 _JACOBI_SWEEPS = 12
-
-
-class _Pivoting(NamedTuple):
-    """``w = matrix z - linear`` with some of ``w_i`` and ``z_i`` exchanged.
-
-    ``values`` are the solved-for variables where the others are 0: ``z_i`` where ``free``, the
-    gradient ``w_i`` elsewhere. ``point`` is feasible, and no iteration raises its objective.
-    """
-
-    tableau: Float[Array, "K K"]
-    values: Float[Array, " K"]
-    free: Bool[Array, " K"]
-    point: Float[Array, " K"]
-    entering: Int[Array, ""]  # to be freed once its pivot is more than rounding; -1 for none
-    steps: Int[Array, ""]
-    done: Bool[Array, ""]
-
-
-@jax.jit
-def nonnegative_qp(
-    matrix: Float[Array, "K K"], linear: Float[Array, " K"]
-) -> tuple[Float[Array, " K"], Float[Array, ""]]:
-    r"""Minimises :math:`\frac12 z^\top A z - b^\top z` over :math:`z \ge 0`.
-
-    Lawson and Hanson's active-set method on a tableau of principal pivots, one an iteration, and
-    then a few sweeps of coordinate descent on the matrix as given, which take off the rounding of
-    the pivots. A must be positive semidefinite with a diagonal of at least 1; it may be singular.
-
-    Args:
-      matrix: A.
-      linear: b, in the range of A or such that the problem is bounded.
-
-    Returns:
-      (z, residual): the residual is :math:`\max_i |\min(z_i, (A z - b)_i)|` over the larger of 1
-      and :math:`\max_i z_i`.
-    """
-    size = matrix.shape[0]
-    index = jnp.arange(size)
-
-    def pivot(state: _Pivoting, at: Int[Array, ""]) -> _Pivoting:
-        """Exchanges w and z at one index."""
-        here = index == at
-        row, column = state.tableau[at], state.tableau[:, at]
-        divisor = row[at]
-        row, value = -row / divisor, -state.values[at] / divisor
-        tableau = state.tableau + jnp.where(here, 0, column)[:, None] * row
-        tableau = jnp.where(here[:, None], row, tableau)
-        tableau = jnp.where(here, jnp.where(here, 1, column)[:, None] / divisor, tableau)
-        values = jnp.where(here, value, state.values + column * value)
-        return state._replace(tableau=tableau, values=values, free=state.free ^ here)
-
-    def step(state: _Pivoting) -> _Pivoting:
-        target = jnp.where(state.free, state.values, 0)
-        forced = state.entering >= 0
-        feasible = jnp.all(target >= 0) & ~forced
-        point = jnp.where(feasible, target, state.point)
-        tolerance = _OPTIMAL * jnp.maximum(1, jnp.max(point))
-        # What would enter: the steepest descent among the variables at 0.
-        steepest = jnp.argmin(jnp.where(state.free, jnp.inf, state.values))
-        steepest = jnp.where(forced, state.entering, steepest)
-        optimal = feasible & (state.values[steepest] >= -tolerance)
-        enters = feasible | forced
-        dependent = enters & (state.tableau[steepest, steepest] <= _DEPENDENT)
-        # Towards the target, or without end along a direction of no curvature, until one is at 0.
-        direction = jnp.where(
-            dependent, jnp.where(state.free, state.tableau[:, steepest], 0), target - point
-        )
-        falling = state.free & (direction < 0)
-        room = jnp.where(falling, point / jnp.where(falling, -direction, 1), jnp.inf)
-        blocking = jnp.argmin(room)
-        length = jnp.min(room)
-        unbounded = dependent & ~jnp.isfinite(length)
-        moves = (dependent | ~enters) & ~optimal & ~unbounded
-        moved = jnp.maximum(point + jnp.where(moves, length, 0) * direction, 0)
-        moved = jnp.where(moves & (index == blocking), 0, moved)
-        moved = jnp.where(moves & dependent & (index == steepest), point + length, moved)
-        at = jnp.where(moves, blocking, steepest)
-        # After the last iteration only the point is read.
-        return pivot(state, at)._replace(
-            point=moved,
-            entering=jnp.where(moves & dependent, steepest, -1),
-            steps=state.steps + 1,
-            done=optimal | unbounded,
-        )
-
-    def unfinished(state: _Pivoting) -> Bool[Array, ""]:
-        return ~state.done & (state.steps < 4 * size + 8)
-
-    zeros = jnp.zeros_like(linear)
-    start = _Pivoting(
-        tableau=matrix,
-        values=-linear,
-        free=jnp.zeros([size], bool),
-        point=zeros,
-        entering=jnp.array(-1),
-        steps=jnp.array(0),
-        done=jnp.array(False),
-    )
-    point = lax.while_loop(unfinished, step, start).point
-    diagonal = jnp.diagonal(matrix)
-
-    def descend(i: Array, point: Array) -> Array:
-        at = i % size
-        change = (linear[at] - matrix[at] @ point) / diagonal[at]
-        return point.at[at].set(jnp.maximum(point[at] + change, 0))
-
-    point = lax.fori_loop(0, _POLISH_SWEEPS * size, descend, point)
-    residual = jnp.max(jnp.abs(jnp.minimum(point, matrix @ point - linear)))
-    return point, residual / jnp.maximum(1, jnp.max(point))
 
 
 @jax.jit
