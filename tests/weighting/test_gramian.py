@@ -455,6 +455,17 @@ def test_aligned_gradients_have_the_chosen_length(scale):
     )
 
 
+@pytest.mark.parametrize("norms", [[1.0, 1.0], [1.0, 100.0]])
+def test_aligned_gradients_shrink_with_the_angle(norms):
+    """Down to what float32 cosines tell: no direction is dropped at once."""
+    for degrees in np.geomspace(5, 0.01, 28):
+        angle = np.deg2rad(degrees)
+        jacobian = np.array([[1, 0], [np.cos(angle), np.sin(angle)]]) * np.c_[norms]
+        weights, _ = solve("aligned_mtl", jacobian)
+        expected = np.linalg.svd(jacobian, compute_uv=False)[-1] / np.sqrt(2)
+        assert np.linalg.norm(weights @ jacobian) == pytest.approx(expected, rel=1e-2, abs=4e-4)
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
 def test_eigenvalues_of_a_graded_matrix_keep_their_digits(size):
     """Rows that differ by 1e4 make eigenvalues that differ by 1e8: float32 has seven digits."""
