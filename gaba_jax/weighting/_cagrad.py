@@ -19,7 +19,7 @@ from gaba_jax.weighting._gramian import (
     unit_gramian,
     usable,
 )
-from gaba_jax.weighting._solvers import nonnegative_qp
+from gaba_jax.weighting._quadratic import nonnegative_qp
 
 _STEPS = 24
 _CLOSE = 1e-6
@@ -115,6 +115,7 @@ def _farthest(
 
     def project(gain: Array) -> tuple[Array, Array]:
         added, residual = nonnegative_qp(gramian, gain * heights - gains)
+        residual = residual / jnp.maximum(1, jnp.max(added))
         distance = jnp.sqrt(jnp.maximum(added @ gramian @ added, 0))
         return added, jnp.where(residual < _INFEASIBLE, distance, jnp.inf)
 

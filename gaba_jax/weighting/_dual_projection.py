@@ -16,7 +16,7 @@ from gaba_jax.weighting._gramian import (
     shares,
     unit_gramian,
 )
-from gaba_jax.weighting._solvers import nonnegative_qp
+from gaba_jax.weighting._quadratic import bounded_qp
 
 
 def dual_projection(num_tasks: int, *, task_priorities: ArrayLike | None = None) -> Weighting:
@@ -38,7 +38,9 @@ def dual_projection(num_tasks: int, *, task_priorities: ArrayLike | None = None)
 
     Returns:
       A :class:`Weighting` with a :class:`SolverState`; its residual is the largest violation of
-      the optimality conditions, relative to the largest :math:`v_i`. The weights are at least p, so
+      the optimality conditions in v, over the largest :math:`p_i \|g_i\|`: no unit gradient is
+      opposed by more than that product. Where no direction improves all tasks v stays short, as in
+      :func:`upgrad`. The weights are at least p, so
       their sum is 1 without conflict and more with it. A task of norm zero gets p.
 
     Raises:
@@ -63,7 +65,7 @@ def dual_projection(num_tasks: int, *, task_priorities: ArrayLike | None = None)
         sizes = present * relative_norms(stats)
         largest = jnp.max(sizes)
         sizes = sizes / jnp.where(largest > 0, largest, 1)
-        added, residual = nonnegative_qp(gramian, -gramian @ sizes)
+        added, residual = bounded_qp(gramian, -gramian @ sizes)
         weights = of_gradients((sizes + added) * largest, stats, present)
         return weights, SolverState(residual)
 

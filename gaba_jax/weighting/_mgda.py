@@ -6,7 +6,7 @@ from jaxtyping import Array
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Weighting, check_num_tasks, equal_weights, over_present
 from gaba_jax.weighting._gramian import NEEDS, SolverState, no_residual, unit_gramian
-from gaba_jax.weighting._solvers import nonnegative_qp
+from gaba_jax.weighting._quadratic import nonnegative_qp
 
 
 def mgda(num_tasks: int) -> Weighting:
@@ -27,7 +27,8 @@ def mgda(num_tasks: int) -> Weighting:
 
     Returns:
       A :class:`Weighting` with a :class:`SolverState`; its residual is the largest violation of the
-      optimality conditions of the problem in a. The weights are >= 0 and sum to 1.
+      optimality conditions of the problem in a, over the largest :math:`a_i` where that is above
+      1. The weights are >= 0 and sum to 1.
 
     Raises:
       ValueError: ``num_tasks`` < 1.
@@ -49,6 +50,7 @@ def mgda(num_tasks: int) -> Weighting:
         inverse = jnp.where(norms > 0, jnp.min(norms) / jnp.where(norms > 0, norms, 1), 1)
         matrix = unit_gramian(stats) + jnp.outer(inverse, inverse)
         point, residual = nonnegative_qp(matrix, inverse)
+        residual = residual / jnp.maximum(1, jnp.max(point))
         return over_present(point * inverse, stats.present), SolverState(residual)
 
     return Weighting(num_tasks, NEEDS, no_residual, update, equal_weights(num_tasks))

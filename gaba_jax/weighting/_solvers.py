@@ -1,139 +1,22 @@
-"""The small dense problems behind the Gramian rules, solved in the metric of the cosines.
+"""The small dense equations behind the Gramian rules, solved in the metric of the cosines.
 
-Every rule scales its problem so that the matrix is that of the cosines (diagonal 1): rows that
-differ by any factor then lose no digits, and no regularisation is needed that would let the small
-task be opposed. ``optax.nnls``, a projected gradient as ``optax.projections`` would make one, needs
-thousands of steps where rows nearly oppose each other; the interior points of ``qpax`` are as exact
-as what is here, but for such rows, where float32 cannot hold the matrix that they factorise: 2e-2
-from the solution with eight rows within 1e-2 of a line, 2e-4 here. The active-set method below
-ends after about as many pivots as there are tasks, and copes with singular matrices.
+The matrix is that of the cosines (diagonal 1): rows that differ by any factor then lose no digits.
 
 Jitted here, or every call outside of jit would compile its loops anew.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 _DEPENDENT = 3e-6  # a pivot below it is rounding: the cosines are float32
 _OPTIMAL = 1e-6
-_POLISH_SWEEPS = 2
 _RIDGE = 1e-6  # keeps what opposed tasks send to infinity finite
 _NEWTON_STEPS = 40
 _JACOBI_SWEEPS = 12
-
-
-class _Pivoting(NamedTuple):
-    """``w = matrix z - linear`` with some of ``w_i`` and ``z_i`` exchanged.
-
-    ``values`` are the solved-for variables where the others are 0: ``z_i`` where ``free``, the
-    gradient ``w_i`` elsewhere. ``point`` is feasible, and no iteration raises its objective.
-    """
-
-    tableau: Float[Array, "K K"]
-    values: Float[Array, " K"]
-    free: Bool[Array, " K"]
-    point: Float[Array, " K"]
-    entering: Int[Array, ""]  # to be freed once its pivot is more than rounding; -1 for none
-    steps: Int[Array, ""]
-    done: Bool[Array, ""]
-
-
-@jax.jit
-def nonnegative_qp(
-    matrix: Float[Array, "K K"], linear: Float[Array, " K"]
-) -> tuple[Float[Array, " K"], Float[Array, ""]]:
-    r"""Minimises :math:`\frac12 z^\top A z - b^\top z` over :math:`z \ge 0`.
-
-    Lawson and Hanson's active-set method on a tableau of principal pivots, one an iteration, and
-    then a few sweeps of coordinate descent on the matrix as given, which take off the rounding of
-    the pivots. A must be positive semidefinite with a diagonal of at least 1; it may be singular.
-
-    Args:
-      matrix: A.
-      linear: b, in the range of A or such that the problem is bounded.
-
-    Returns:
-      (z, residual): the residual is :math:`\max_i |\min(z_i, (A z - b)_i)|` over the larger of 1
-      and :math:`\max_i z_i`.
-    """
-    size = matrix.shape[0]
-    index = jnp.arange(size)
-
-    def pivot(state: _Pivoting, at: Int[Array, ""]) -> _Pivoting:
-        """Exchanges w and z at one index."""
-        here = index == at
-        row, column = state.tableau[at], state.tableau[:, at]
-        divisor = row[at]
-        row, value = -row / divisor, -state.values[at] / divisor
-        tableau = state.tableau + jnp.where(here, 0, column)[:, None] * row
-        tableau = jnp.where(here[:, None], row, tableau)
-        tableau = jnp.where(here, jnp.where(here, 1, column)[:, None] / divisor, tableau)
-        values = jnp.where(here, value, state.values + column * value)
-        return state._replace(tableau=tableau, values=values, free=state.free ^ here)
-
-    def step(state: _Pivoting) -> _Pivoting:
-        target = jnp.where(state.free, state.values, 0)
-        forced = state.entering >= 0
-        feasible = jnp.all(target >= 0) & ~forced
-        point = jnp.where(feasible, target, state.point)
-        tolerance = _OPTIMAL * jnp.maximum(1, jnp.max(point))
-        # What would enter: the steepest descent among the variables at 0.
-        steepest = jnp.argmin(jnp.where(state.free, jnp.inf, state.values))
-        steepest = jnp.where(forced, state.entering, steepest)
-        optimal = feasible & (state.values[steepest] >= -tolerance)
-        enters = feasible | forced
-        dependent = enters & (state.tableau[steepest, steepest] <= _DEPENDENT)
-        # Towards the target, or without end along a direction of no curvature, until one is at 0.
-        direction = jnp.where(
-            dependent, jnp.where(state.free, state.tableau[:, steepest], 0), target - point
-        )
-        falling = state.free & (direction < 0)
-        room = jnp.where(falling, point / jnp.where(falling, -direction, 1), jnp.inf)
-        blocking = jnp.argmin(room)
-        length = jnp.min(room)
-        unbounded = dependent & ~jnp.isfinite(length)
-        moves = (dependent | ~enters) & ~optimal & ~unbounded
-        moved = jnp.maximum(point + jnp.where(moves, length, 0) * direction, 0)
-        moved = jnp.where(moves & (index == blocking), 0, moved)
-        moved = jnp.where(moves & dependent & (index == steepest), point + length, moved)
-        at = jnp.where(moves, blocking, steepest)
-        # After the last iteration only the point is read.
-        return pivot(state, at)._replace(
-            point=moved,
-            entering=jnp.where(moves & dependent, steepest, -1),
-            steps=state.steps + 1,
-            done=optimal | unbounded,
-        )
-
-    def unfinished(state: _Pivoting) -> Bool[Array, ""]:
-        return ~state.done & (state.steps < 4 * size + 8)
-
-    zeros = jnp.zeros_like(linear)
-    start = _Pivoting(
-        tableau=matrix,
-        values=-linear,
-        free=jnp.zeros([size], bool),
-        point=zeros,
-        entering=jnp.array(-1),
-        steps=jnp.array(0),
-        done=jnp.array(False),
-    )
-    point = lax.while_loop(unfinished, step, start).point
-    diagonal = jnp.diagonal(matrix)
-
-    def descend(i: Array, point: Array) -> Array:
-        at = i % size
-        change = (linear[at] - matrix[at] @ point) / diagonal[at]
-        return point.at[at].set(jnp.maximum(point[at] + change, 0))
-
-    point = lax.fori_loop(0, _POLISH_SWEEPS * size, descend, point)
-    residual = jnp.max(jnp.abs(jnp.minimum(point, matrix @ point - linear)))
-    return point, residual / jnp.maximum(1, jnp.max(point))
+_ORTHOGONAL = 3e-4  # before the last sweep, after which it is the square of it
+_ROUNDING = 3e-7  # a pivot of Cholesky, relative to what it was
 
 
 @jax.jit
@@ -200,63 +83,84 @@ def _solve(matrix: Float[Array, "K K"], right: Float[Array, " K"]) -> Float[Arra
 
 @jax.jit
 def eigen(matrix: Float[Array, "K K"]) -> tuple[Float[Array, " K"], Float[Array, "K K"]]:
-    """Eigenvalues, in no order, and eigenvectors (columns) by Jacobi's rotations.
+    """Eigenvalues, in no order, and eigenvectors (columns; 0 where the eigenvalue is 0).
 
-    A step rotates K/2 disjoint pairs. For matrices D C D with D diagonal and C well conditioned
-    the smallest eigenvalue has as many digits as the largest, however graded D is; a
-    tridiagonalising solver knows it to the rounding of the largest only.
+    Jacobi's rotations turn the rows of a pivoted Cholesky factor L' until they are orthogonal
+    (Veselić and Hari 1989): their lengths are the roots of the eigenvalues of L L'. For matrices
+    D C D with D diagonal and C well conditioned the smallest eigenvalue has as many digits as the
+    largest, however graded D is; a tridiagonalising solver knows it to the rounding of the largest.
+
+    The K/2 disjoint pairs of a step are neighbours that then change places, at even places and at
+    odd ones in turn, so that all pairs have met after K steps.
 
     Args:
       matrix: symmetric, positive semidefinite.
     """
     size = matrix.shape[0]
     half = (size + 1) // 2
-    padded = jnp.zeros([2 * half, 2 * half], jnp.float32).at[:size, :size].set(matrix)
-    # Round robin: i meets i + half, then all but the first move on by one seat.
-    seats = np.arange(2 * half)
-    ring = np.concatenate([seats[1:half], seats[half:][::-1]])
-    turn = np.concatenate([seats[:1], np.empty(2 * half - 1, int)])
-    turn[ring] = np.roll(ring, 1)
-    top, bottom = np.arange(half), np.arange(half, 2 * half)
+    rows = jnp.pad(_cholesky(matrix), ((0, 2 * half - size), (0, 0)))
+    last = jnp.arange(half) == half - 1  # has no neighbour at the odd places
 
-    def rotate(columns: Array, cosine: Array, sine: Array) -> Array:
-        first, second = columns[:, :half], columns[:, half:]
-        return jnp.concatenate(
-            [first * cosine - second * sine, first * sine + second * cosine], axis=1
-        )
+    def step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        even, odd, worst = state
+        even, odd, cosine = _orthogonal(even, odd, False)
+        worst = jnp.maximum(worst, cosine)
+        odd, even, cosine = _orthogonal(odd, jnp.roll(even, -1, axis=0), last)
+        return jnp.roll(even, 1, axis=0), odd, jnp.maximum(worst, cosine)
 
-    def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        table, vectors = state
-        first, second, between = table[top, top], table[bottom, bottom], table[top, bottom]
-        turns = between != 0
-        ratio = (second - first) / jnp.where(turns, 2 * between, 1)
-        tangent = jnp.where(ratio < 0, -1, 1) / (jnp.abs(ratio) + jnp.sqrt(1 + ratio * ratio))
-        tangent = jnp.where(turns, tangent, 0)
-        cosine = 1 / jnp.sqrt(1 + tangent * tangent)
-        sine = tangent * cosine
-        table = rotate(rotate(table, cosine, sine).T, cosine, sine)
-        table = table.at[top, top].set(first - tangent * between)
-        table = table.at[bottom, bottom].set(second + tangent * between)
-        table = table.at[top, bottom].set(0).at[bottom, top].set(0)
-        return table[turn][:, turn], rotate(vectors, cosine, sine)[:, turn]
+    def unfinished(state: tuple[Array, Array, Array, Array]) -> Bool[Array, ""]:
+        return (state[2] > _ORTHOGONAL) & (state[3] < _JACOBI_SWEEPS)
 
-    def unfinished(state: tuple[Array, Array, Array]) -> Bool[Array, ""]:
-        table, _, sweeps = state
-        diagonal = jnp.sqrt(jnp.diagonal(table))
-        off = jnp.abs(jnp.where(jnp.eye(2 * half, dtype=bool), 0, table))
-        return jnp.any(off > 1e-7 * diagonal[:, None] * diagonal) & (sweeps < _JACOBI_SWEEPS)
+    def sweep(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        even, odd, _, sweeps = state
+        return *lax.fori_loop(0, half, step, (even, odd, jnp.float32(0))), sweeps + 1
 
-    def sweep(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        table, vectors, sweeps = state
-        table, vectors = lax.fori_loop(0, 2 * half - 1, step, (table, vectors))
-        return table, vectors, sweeps + 1
+    start = (rows[0::2], rows[1::2], jnp.float32(1), jnp.array(0))
+    even, odd, *_ = lax.while_loop(unfinished, sweep, start)
+    rows = jnp.concatenate([even, odd])
+    values = jnp.sum(rows * rows, axis=1)
+    values, places = lax.top_k(values, size)  # what was added for an odd size has 0
+    lengths = jnp.sqrt(jnp.where(values > 0, values, 1))
+    return values, (rows[places] / lengths[:, None]).T
 
-    start = (padded, jnp.eye(2 * half, dtype=jnp.float32), jnp.array(0))
-    table, vectors, _ = lax.while_loop(unfinished, sweep, start)
-    # The seat of the padding, if there is one, is the column that is zero above it.
-    values, vectors = jnp.diagonal(table), vectors[:size]
-    order = jnp.argsort(~jnp.any(vectors != 0, axis=0))
-    return jnp.maximum(values[order][:size], 0), vectors[:, order][:, :size]
+
+def _cholesky(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """L' with L L' the matrix, the largest pivots first; rows of 0 where a pivot is rounding."""
+    least = _ROUNDING * jnp.diagonal(matrix)
+
+    def step(k: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        rest, rows, left = state
+        pivots = jnp.where(left & (jnp.diagonal(rest) > least), jnp.diagonal(rest), 0)
+        at = jnp.argmax(pivots)
+        row = rest[at] / jnp.sqrt(jnp.where(pivots[at] > 0, pivots[at], jnp.inf))
+        row = jnp.where(left, row, 0)
+        return rest - row[:, None] * row, rows.at[k].set(row), left.at[at].set(False)
+
+    start = (matrix, jnp.zeros_like(matrix), jnp.ones(len(matrix), bool))
+    return lax.fori_loop(0, len(matrix), step, start)[1]
+
+
+def _orthogonal(
+    first: Float[Array, "n K"], second: Float[Array, "n K"], kept: Array | bool
+) -> tuple[Float[Array, "n K"], Float[Array, "n K"], Float[Array, ""]]:
+    """Pairs of rows turned in their plane to be orthogonal, and exchanged unless ``kept`` as is.
+
+    Also the largest cosine in a pair that there was.
+    """
+    squares, others = jnp.sum(first * first, axis=1), jnp.sum(second * second, axis=1)
+    between = jnp.sum(first * second, axis=1)
+    turns = (between != 0) & ~jnp.asarray(kept)
+    ratio = (others - squares) / jnp.where(turns, 2 * between, 1)
+    tangent = jnp.where(ratio < 0, -1, 1) / (jnp.abs(ratio) + jnp.sqrt(1 + ratio * ratio))
+    tangent = jnp.where(turns, tangent, 0)
+    cosine = 1 / jnp.sqrt(1 + tangent * tangent)
+    sine = tangent * cosine
+    stay, cross = jnp.where(kept, 1, sine)[:, None], jnp.where(kept, 0, cosine)[:, None]
+    lengths = jnp.sqrt(squares) * jnp.sqrt(others)
+    worst = jnp.abs(between) / jnp.where(turns & (lengths > 0), lengths, jnp.inf)
+    turned = first * stay + second * cross
+    other = first * cross + second * jnp.where(jnp.asarray(kept)[..., None], stay, -stay)
+    return turned, other, jnp.max(worst)
 
 
 def significant(

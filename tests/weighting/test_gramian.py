@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gaba_jax import weighting
 from gaba_jax.weighting import TaskStats
 from gaba_jax.weighting._solvers import eigen
-from tests.slow import rest_slow
+from tests.slow import rest_slow, rest_slow_of_several
 
 # Golden array -> rule; what an exact solver gave, and what an iterative one did.
 EXACT = {
@@ -227,6 +227,42 @@ def test_projections_oppose_no_task(jacobian):
             assert np.min(gains(weights, jacobian)) > -1e-5, name
 
 
+def weakly_stationary(random, num_tasks=20, columns=100):
+    """Of rank K - 1: some v >= 0 has v @ J = 0, and some direction improves the other tasks."""
+    first = random.permutation(num_tasks) < random.integers(2, num_tasks)
+    size = np.abs(random.normal(size=num_tasks))
+    rows = np.stack([np.where(first, size, 0), np.where(first, 0, size)])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    left = np.linalg.qr(np.column_stack([*rows, random.normal(size=(num_tasks, num_tasks - 2))]))[0]
+    left[:, 1] = rows[1]
+    right = np.linalg.qr(random.normal(size=(columns, columns)))[0][: num_tasks - 1]
+    return left[:, 1:] * np.abs(random.normal(size=num_tasks - 1)) @ right
+
+
+# Forty tasks: so many that the projections are first tried by products of matrices.
+@pytest.mark.parametrize(
+    ("name", "num_tasks"),
+    rest_slow_of_several(
+        [("upgrad", 20), ("dual_projection", 20), ("upgrad", 40)], fast=[("dual_projection", 20)]
+    ),
+)
+def test_projections_of_weakly_stationary_gradients(name, num_tasks):
+    """Long weights would cancel here to leave rounding, and the rounding would be the update."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        jacobian = weakly_stationary(random, num_tasks).astype(np.float32).astype(float)
+        norms = np.linalg.norm(jacobian, axis=1)
+        weights, state = solve(name, jacobian)
+        direction = weights @ jacobian
+        length = np.linalg.norm(direction)
+        if length > 1e-3 * norms.mean():
+            assert np.min(jacobian @ direction / norms) > -1e-3 * length
+        assert np.max(weights * num_tasks) < 1e4
+        # The residual tells: no task is opposed by more than it says of the gradients' sizes.
+        sizes = np.max(norms) if name == "dual_projection" else np.mean(norms)
+        assert np.min(jacobian @ direction / norms) > -(1.1 * state.residual + 1e-5) * sizes
+
+
 @given(jacobian=jacobians())
 def test_mgda_is_the_shortest_combination(jacobian):
     weights, state = solve("mgda", jacobian)
@@ -417,6 +453,17 @@ def test_aligned_gradients_have_the_chosen_length(scale):
     np.testing.assert_allclose(
         np.linalg.norm(np.asarray(weights) @ jacobian), length / np.sqrt(3), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("norms", [[1.0, 1.0], [1.0, 100.0]])
+def test_aligned_gradients_shrink_with_the_angle(norms):
+    """Down to what float32 cosines tell: no direction is dropped at once."""
+    for degrees in np.geomspace(5, 0.01, 28):
+        angle = np.deg2rad(degrees)
+        jacobian = np.array([[1, 0], [np.cos(angle), np.sin(angle)]]) * np.c_[norms]
+        weights, _ = solve("aligned_mtl", jacobian)
+        expected = np.linalg.svd(jacobian, compute_uv=False)[-1] / np.sqrt(2)
+        assert np.linalg.norm(weights @ jacobian) == pytest.approx(expected, rel=1e-2, abs=4e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
