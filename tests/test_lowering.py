@@ -166,7 +166,9 @@ def test_data_parallel_reduces_each_gradient_that_is_measured_once(on_eight_devi
         "lagged": (K + 1, K * gradient + losses),  # the losses apart
     }
     assert all(row["bytes"] == row["all-reduce"]["bytes"] for row in found.values())
-    assert all(row["uncounted_loops"] <= 2 for row in found.values())  # upgrad has one of its own
+    loops = {path: row["uncounted_loops"] for path, row in found.items()}
+    assert loops.pop("exact, cosines") <= 3  # upgrad has two of its own
+    assert max(loops.values()) <= 1
 
 
 @pytest.mark.parametrize("path", LAYOUTS)

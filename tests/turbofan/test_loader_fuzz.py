@@ -199,6 +199,8 @@ Wrong = dict[int, str]  # what is wrong, by line
 
 
 def reference_rows(content: bytes, columns: int) -> tuple[Rows, Wrong]:
+    if b"\xef\xbb\xbf".startswith(content):  # nothing but a byte order mark, or the start of one
+        content = b""
     text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     rows: Rows = {}
     wrong: Wrong = {}
