@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from gaba_jax.weighting import TaskStats
 
 LEAST_ROUNDS = 5
 
@@ -95,6 +98,26 @@ def write(path: Path, result: dict[str, Any], packages: tuple[str, ...] = ()) ->
             versions[name] = "absent"
     document = {"machine": machine(), "versions": versions, **result}
     path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def task_stats(rows: np.ndarray) -> TaskStats:
+    """What a rule sees of one Jacobian."""
+    norms = np.linalg.norm(rows, axis=1)
+    cosines = rows @ rows.T / np.outer(norms, norms)
+    num_tasks = len(rows)
+    return TaskStats(
+        norms=jnp.asarray(norms, jnp.float32),
+        cosines=jnp.asarray(cosines, jnp.float32),
+        losses=jnp.ones([num_tasks], jnp.float32),
+        present=jnp.ones([num_tasks], bool),
+        elapsed=jnp.int32(1),
+    )
+
+
+def show_goals(met: Mapping[str, bool]) -> None:
+    """Prints each goal and whether it was met."""
+    for goal, is_met in met.items():
+        print(f"{'met' if is_met else 'MISSED'}: {goal}")
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -32,14 +32,14 @@ SEEDS, EPOCHS = (0, 1, 2, 3, 4), 20
 
 def methods(num_tasks: int) -> dict[str, weighting.Weighting]:
     """What is compared. The averages of weights have the time constant of 100 updates."""
-    recommended: dict[str, Any] = {"debias": True, "warmup_steps": 0, "min_weight": 0.0}
+    debiased: dict[str, Any] = {"debias": True, "warmup_steps": 0, "min_weight": 0.0}
     pi = weighting.proportional_integral
     return {
         "uniform": weighting.uniform(num_tasks),
-        "gaba, debiased": weighting.gaba(num_tasks, **recommended),
+        "gaba, debiased": weighting.gaba(num_tasks, **debiased),
         "inverse_norm": weighting.inverse_norm(num_tasks),
         "inverse_norm, averaged": weighting.stabilize(
-            weighting.inverse_norm(num_tasks), **recommended
+            weighting.inverse_norm(num_tasks), **debiased
         ),
         "proportional_integral": pi(num_tasks),
         "the same from 1/K": pi(num_tasks, debias=False),

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from benchmarks import _measure
 from gaba_jax import weighting
-from gaba_jax.weighting import TaskStats
 
 RULES = ("upgrad", "dual_projection", "aligned_mtl", "config", "mgda", "nash_mtl")
 SIZES = (8, 64, 256)
@@ -27,22 +25,12 @@ COMPILE_SECONDS = {64: 1.5, 256: 3.0}
 RESULT = Path(__file__).with_suffix(".json")
 
 
-def measured(num_tasks: int, elements: int) -> TaskStats:
-    """What a rule sees of random gradients."""
-    rows = np.random.default_rng(num_tasks).normal(size=(num_tasks, elements))
-    norms = np.linalg.norm(rows, axis=1)
-    return TaskStats(
-        norms=jnp.asarray(norms, jnp.float32),
-        cosines=jnp.asarray(rows @ rows.T / np.outer(norms, norms), jnp.float32),
-        losses=None,
-        present=jnp.ones([num_tasks], bool),
-        elapsed=jnp.int32(1),
-    )
-
-
 def measure(num_tasks: int, rounds: int) -> dict[str, dict[str, float]]:
     """Per rule: seconds of compilation, and of a call on each kind of gradients."""
-    each = {kind: measured(num_tasks, factor * num_tasks) for kind, factor in KINDS.items()}
+    each = {}
+    for kind, factor in KINDS.items():
+        shape = num_tasks, factor * num_tasks
+        each[kind] = _measure.task_stats(np.random.default_rng(num_tasks).normal(size=shape))
     result: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], object]] = {}
     for name in RULES:
@@ -101,8 +89,7 @@ def main(sizes: tuple[int, ...] = SIZES, rounds: int = 5, out: Path = RESULT) ->
     ]
     columns = ["rule", "K", *KINDS, "compilation"]
     _measure.show("from norms and cosines to weights", columns, rows)
-    for goal, is_met in met.items():
-        print(f"{'met' if is_met else 'MISSED'}: {goal}")
+    _measure.show_goals(met)
 
 
 if __name__ == "__main__":

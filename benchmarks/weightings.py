@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from benchmarks import _measure
 from gaba_jax.turbofan.config import rules
-from gaba_jax.weighting import TaskStats
 
 try:
     import clarabel  # noqa: F401
@@ -66,24 +64,10 @@ def jacobians(num_tasks: int) -> np.ndarray:
     return rows
 
 
-def measured(rows: np.ndarray) -> TaskStats:
-    """What a rule sees of one Jacobian."""
-    norms = np.linalg.norm(rows, axis=1)
-    cosines = rows @ rows.T / np.outer(norms, norms)
-    num_tasks = len(rows)
-    return TaskStats(
-        norms=jnp.asarray(norms, jnp.float32),
-        cosines=jnp.asarray(cosines, jnp.float32),
-        losses=jnp.ones([num_tasks], jnp.float32),
-        present=jnp.ones([num_tasks], bool),
-        elapsed=jnp.int32(1),
-    )
-
-
 def ours(name: str, num_tasks: int) -> tuple[Callable[[], None], float]:
     """(a call on every Jacobian, seconds of tracing and compilation)."""
     rule = rules()[name](num_tasks)
-    each = [measured(rows) for rows in jacobians(num_tasks)]
+    each = [_measure.task_stats(rows) for rows in jacobians(num_tasks)]
     state = rule.init()
     start = time.perf_counter()
     update = jax.jit(rule.update).lower(each[0], state).compile()
@@ -191,8 +175,7 @@ def main(sizes: tuple[int, ...] = SIZES, rounds: int = 15, out: Path = RESULT) -
         ["rule", *(f"K = {size}" for size in sizes), "compilation"],
         rows,
     )
-    for goal, is_met in met.items():
-        print(f"{'met' if is_met else 'MISSED'}: {goal}")
+    _measure.show_goals(met)
 
 
 if __name__ == "__main__":

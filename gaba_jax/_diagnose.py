@@ -32,10 +32,11 @@ def diagnose(
 ) -> Diagnosis:
     r"""Measures the task gradients on a few batches before training, and says what to do.
 
-    Print the result: it is a table 80 columns wide that ends in one recommendation and why. Uniform
-    weights are enough if the largest gradient norm is less than 10x the smallest. From there on it
-    is :func:`equalize`. If two tasks conflict for certain, :func:`gaba_jax.weighting.upgrad`.
-    A conflict is certain if the whole 95 % interval of the pair's mean cosine is below -0.1:
+    Print the result: it is a table 80 columns wide that ends in one recommendation and why. It is
+    uniform weights if the largest gradient norm is less than 10x the smallest, a convention and no
+    result. From there on it is :func:`equalize`. If two tasks conflict for certain, it is
+    :func:`gaba_jax.weighting.upgrad`. A conflict is certain if the whole 95 % interval of the
+    pair's mean cosine is below -0.1:
 
     .. math:: \bar c + t_{N-1}\, s / \sqrt{N} < -0.1
 

@@ -12,7 +12,7 @@ from gaba_jax import controller
 from gaba_jax._statistics import largest_to_smallest
 
 _WIDTH = 80
-_LEAST_RATIO = 10  # below it uniform weights suffice
+_LEAST_RATIO = 10  # a convention: from here on a task counts as drowned
 _LEAST_BATCHES = 5  # with fewer the interval of a cosine says little
 _CONFLICT = -0.1  # a cosine nearer to 0 changes little
 
@@ -124,13 +124,13 @@ class Diagnosis(NamedTuple):
             (a, b), rest = self.conflicts[0], pulls or "weights by norms do not change that"
             why = [f"'{a}' and '{b}' pull against each other, and {rest}."]
         elif pulls:
-            why = [f"{pulls}, and from {_LEAST_RATIO}x on the quieter task hardly learns."]
+            why = [f"{pulls}, so the quieter one may go unheard."]
         elif silent:
             why = []
         else:
             why = [
-                f"The gradient norms are {_number(ratio)}x apart, and below {_LEAST_RATIO}x the "
-                "tasks learn side by side."
+                f"The gradient norms are {_number(ratio)}x apart, less than {_LEAST_RATIO}x: no "
+                "task drowns another."
             ]
         return [*why, *silent, *noise]
 

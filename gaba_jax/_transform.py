@@ -172,7 +172,7 @@ def gaba(
     1/K for ``warmup_steps`` updates, then averaged with decay ``beta`` and kept above a floor.
     The defaults are the published constants.
 
-    When not to use it: for losses whose gradients differ by less than 10x plain weights suffice.
+    When not to use it: where uniform weights, at a learning rate tuned for them, do as well.
 
     Args:
       num_tasks: number of tasks K >= 2, default 2.

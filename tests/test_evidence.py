@@ -129,6 +129,11 @@ def test_what_to_take_from_it():
     assert all(
         sure[p] == -1 and table.score(p, "equalize") < -33 for p in ("Burgers", "Allen-Cahn")
     )
+    tuned = {p: table.score(p, table.best_uniform(p).method) for p in table.problems}
+    ahead = [p for p, score in tuned.items() if score < table.score(p, "equalize")]
+    assert len(ahead) == 7
+    for p in ("Burgers", "Allen-Cahn"):
+        assert 29 < tuned[p] - table.score(p, "equalize") < 30
     of_ode = {method: 1 + table.score("ODE", method) / 100 for method in scores.ONE_RUN}
     assert min(of_ode, key=of_ode.get) == "uniform"
     assert round(min(of_ode[method] for method in runs.RULES), 1) == 1.7

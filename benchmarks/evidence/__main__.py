@@ -1,7 +1,7 @@
 """Which weighting to trust: ``python -m benchmarks.evidence DATA --runs RUNS``.
 
-Twelve problems of eight fields, every weighting with its own learning rate, five seeds; two hours
-of two cores. DATA holds ``cmapss`` (NASA's text files) and ``tabular``. Finished runs are kept
+Twelve problems of eight fields, 14 weightings with a learning rate of their own, five seeds; two
+hours of two cores. DATA holds ``cmapss`` (NASA's text) and ``tabular``. Finished runs are kept
 in RUNS, so the study can be stopped and started again; two processes may share RUNS if they take
 different problems (``--only``). When all are there, the five best methods are run with Adam's usual
 second moment too, and results.csv, tuning.csv, the pictures and the tables of docs/evidence.md are

@@ -148,6 +148,7 @@ def by_problem(table: Table) -> str:
                 f"{problem} ({known[problem]['field']})",
                 str(len(known[problem]["tasks"])),
                 signed(table.score(problem, UNIFORM)),
+                signed(table.score(problem, table.best_uniform(problem).method)),
                 f"{signed(table.score(problem, best.method))}, {weights}",
                 str(static * len(runs.RATES)),
                 signed(table.score(problem, OURS)),
@@ -159,6 +160,7 @@ def by_problem(table: Table) -> str:
         "problem",
         "losses",
         "uniform",
+        "uniform, tuned decay",
         "best static weights",
         "runs to find them",
         OURS,
@@ -183,9 +185,9 @@ def long_b2(table: Table) -> str:
 
 def ranks(table: Table) -> str:
     """Friedman and Nemenyi over problems."""
-    matrix = table.matrix()
-    finite = np.where(np.isfinite(matrix), matrix, np.nanmax(matrix[np.isfinite(matrix)]) + 1)
-    return f"{report.friedman(finite, 'problems')}\n\n{report.nemenyi(finite, ONE_RUN)}\n"
+    matrix, blocks = table.matrix(), "problems"
+    nemenyi = report.nemenyi(matrix, ONE_RUN, blocks)
+    return f"{report.friedman(matrix, blocks)}\n\n{nemenyi}\n"
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
@@ -237,8 +239,7 @@ def picture(table: Table) -> Figure:
 
 def _two_metrics(axes: Axes, table: Table, problem: str, names: Sequence[str]) -> None:
     static = np.array([np.mean(row.metrics, axis=0) for row in table.static(problem)])
-    order = np.argsort(static[:, 0])
-    axes.plot(*static[order].T, ".-", color="0.7", linewidth=1, label="static weights")
+    axes.plot(*static.T, ".", color="0.7", label="static weights")
     for i, method in enumerate(DRAWN):
         seeds = np.array(table.row(problem, method).metrics)
         (x, y), (dx, dy) = seeds.mean(axis=0), seeds.std(axis=0, ddof=1)
@@ -250,7 +251,8 @@ def _scores(axes: Axes, table: Table, problem: str) -> None:
     static = np.array([table.score(problem, row.method) for row in table.static(problem)])
     axes.plot(np.clip(static, None, FAR), np.zeros_like(static), "|", color="0.5", markersize=12)
     for i, method in enumerate(DRAWN):
-        seeds = np.clip(table.scores(problem, method), None, FAR)
-        axes.plot(seeds, np.full(len(seeds), i + 1), ".", color=COLORS[i])
-        axes.plot(seeds.mean(), i + 1, "o", color=COLORS[i], label=method)
+        seeds = table.scores(problem, method)
+        drawn = np.clip([*seeds, seeds.mean()], None, FAR)
+        axes.plot(drawn[:-1], np.full(len(seeds), i + 1), ".", color=COLORS[i])
+        axes.plot(drawn[-1], i + 1, "o", color=COLORS[i], label=method)
     axes.set(yticks=[], xlabel=f"worse than the baseline, % (at most {FAR:g} is drawn)")

@@ -171,6 +171,12 @@ class Table:
         """The static weights with the lowest score on validation data."""
         return min(self.static(problem), key=lambda row: row.validation)
 
+    def best_uniform(self, problem: str) -> Row:
+        """Uniform weights with the weight decay of the lowest score on validation data."""
+        decays = [f"{UNIFORM}, weight decay {decay:g}" for decay in runs.WEIGHT_DECAYS]
+        tried = (self.rows[problem, method] for method in (UNIFORM, *decays))
+        return min(tried, key=lambda row: row.validation)
+
     def difference(
         self, problem: str, method: str, other: str = UNIFORM
     ) -> tuple[float, float, float]:

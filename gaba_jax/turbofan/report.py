@@ -165,11 +165,11 @@ def friedman(scores: NDArray[np.float64], blocks: str) -> str:
     return f"Friedman ({blocks}): chi² = {statistic:.2f}, p = {p:.3g}, {count} blocks."
 
 
-def nemenyi(scores: NDArray[np.float64], labels: Sequence[str]) -> str:
+def nemenyi(scores: NDArray[np.float64], labels: Sequence[str], blocks: str = "subsets") -> str:
     """Average ranks (1 is best) over blocks and Nemenyi's critical difference."""
     count, methods = scores.shape
     if count < 2 or methods < 3:
-        return "Nemenyi: needs at least 2 subsets and 3 methods."
+        return f"Nemenyi: needs at least 2 {blocks} and 3 methods."
     ranks = stats.rankdata(scores, axis=1).mean(axis=0)
     quantile = stats.studentized_range.ppf(1 - LEVEL, methods, np.inf) / np.sqrt(2)
     difference = quantile * np.sqrt(methods * (methods + 1) / (6 * count))
@@ -178,7 +178,7 @@ def nemenyi(scores: NDArray[np.float64], labels: Sequence[str]) -> str:
     lines += [f"| {labels[i]} | {ranks[i]:.2f} |" for i in order]
     return (
         f"Nemenyi: two methods differ at the {LEVEL:.0%} level if their average ranks over the "
-        f"{count} subsets differ by more than {difference:.2f}.\n\n" + "\n".join(lines)
+        f"{count} {blocks} differ by more than {difference:.2f}.\n\n" + "\n".join(lines)
     )
 
 

@@ -74,8 +74,8 @@ def equalize(
     Absent tasks keep their averages, and each weight holds by itself: loaders that serve one task a
     batch are balanced.
 
-    When not to use it: losses on one scale whose gradients differ by less than 10x; equal
-    contributions are then no aim in themselves. Conflict stays: see :func:`upgrad`.
+    When not to use it: where uniform weights, at a learning rate tuned for them, do as well: equal
+    contributions are no aim in themselves. Conflict stays: see :func:`upgrad`.
 
     Args:
       num_tasks: number of tasks K >= 2.
