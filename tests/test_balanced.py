@@ -364,6 +364,7 @@ class TestMicrobatches:
         # The batch itself is laid out anew, 1 MiB; its activations took 26.
         assert temp(64) < 0.15 * temp(None)
 
+    @pytest.mark.slow
     def test_every_part_has_its_own_random_key(self):
         def fn(params, x, key):
             noise = jax.random.normal(key, x.shape)
@@ -558,6 +559,7 @@ class TestModels:
 
         self.check(fn, params, jnp.asarray(RANDOM.normal(size=(2, 8, 4)), jnp.float32))
 
+    @pytest.mark.slow
     def test_low_precision(self):
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
         x = X.astype(jnp.bfloat16)

@@ -282,6 +282,7 @@ def test_noise_is_said_of_the_task_it_blurs():
     assert "of 'noisy' is minibatch noise" in found.reasons[-1]
 
 
+@pytest.mark.slow
 def test_batches_with_a_nan_are_left_out_and_a_broken_task_is_named(toy):
     losses_fn, params, (x, y) = toy
     broken = (x, y.at[0].set(jnp.nan))

@@ -60,6 +60,7 @@ def test_equals_the_loop_by_hand():
     chex.assert_trees_all_close((state.params, state.opt_state), (params, opt_state), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_value_of_a_plateau_is_handed_on():
     plateau = optax.contrib.reduce_on_plateau(patience=1)
     tx = optax.chain(gaba(), optax.sgd(1e-3), plateau)
@@ -80,7 +81,8 @@ class Fp8(nn.Module):
 FP8 = [{}, {"measure": "lagged"}, {"every": 2}, {"nonfinite": "drop"}]
 
 
-@pytest.mark.parametrize("options", rest_slow(FP8, fast=[{}]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", FP8, ids=str)
 def test_scales_of_fp8_layers_are_neither_measured_nor_weighted(options):
     x = jax.random.normal(jax.random.key(5), (16, 4))
     net = Fp8()

@@ -84,6 +84,7 @@ def test_jitted_or_not_the_state_keeps_its_types_and_can_be_donated(name):
     assert donating._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_in_a_chain_with_gaba():
     """The norms that gaba measures are those of the clipped gradients; the rest is as by hand."""
 

@@ -181,6 +181,7 @@ def test_chunks_and_a_resume_leave_the_numbers(changes, tmp_path):
     assert complete(tmp_path) == {5, 6}
 
 
+@pytest.mark.slow
 def test_the_end_is_saved_and_a_finished_run_only_evaluated(tmp_path):
     with pytest.raises(Stopped, match="after update 6 of 6"):
         train(tiny_data(), TINY, checkpoints=Checkpoints(tmp_path, 100, stop=after(2)))

@@ -226,6 +226,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_read(flights: tuple[Path, P
     assert abs(peaks[1] - peaks[0]) < 2e6 < flights[1].stat().st_size / 12
 
 
+@pytest.mark.slow
 def test_the_process_does_not_grow_with_the_rows_that_are_read(flights: tuple[Path, Path]) -> None:
     command = [sys.executable, "-c", LOADS, *map(str, flights)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

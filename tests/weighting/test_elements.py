@@ -99,6 +99,7 @@ def test_an_absent_task_has_none(way):
         np.testing.assert_allclose(found, np.where(mask, expected, 0), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_heads_that_other_tasks_do_not_have_are_left_out():
     """Automatic sharing decides in the traced program; a leaf that is left out counts nothing."""
 
