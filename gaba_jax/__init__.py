@@ -22,6 +22,9 @@ Put :func:`gaba` first in the chain and feed it one gradient per task:
 
 :func:`balanced_value_and_grad` does the same in the memory of one gradient.
 
+Where every task has examples of its own, or every example is a task, its ``in_axes`` takes them all
+in one backward pass; :func:`example_norms` measures single examples.
+
 Whether that is worth it, :func:`diagnose` says before training.
 
 Where things are: the rules in :mod:`gaba_jax.weighting`; what to log in
@@ -36,6 +39,7 @@ from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._diagnose import diagnose
 from gaba_jax._diagnosis import Diagnosis
+from gaba_jax._example_norms import example_norms
 from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, only
 from gaba_jax._state import BalanceState
@@ -59,6 +63,7 @@ __all__ = [
     "controller",
     "diagnose",
     "equalize",
+    "example_norms",
     "exclude",
     "gaba",
     "gradnorm",

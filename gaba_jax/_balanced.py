@@ -16,6 +16,7 @@ from gaba_jax._checks import check_driver_arguments, check_params
 from gaba_jax._gradients import TaskGradients, of_tasks, task_gradients
 from gaba_jax._passes import Pass
 from gaba_jax._selection import OVERWRITTEN, Selection, Selector, select
+from gaba_jax._slices import Sliced, slices_of
 from gaba_jax._state import (
     BalanceState,
     advance,
@@ -29,7 +30,7 @@ from gaba_jax._state import (
     task_presence,
 )
 from gaba_jax._statistics import Measurement, Reads, measure_one
-from gaba_jax.weighting._base import Weighting, check_weighting
+from gaba_jax.weighting._base import Weighting, check_weighting, name_of
 
 Measure = Literal["exact", "lagged"]
 Nonfinite = Literal["propagate", "drop"]
@@ -40,8 +41,8 @@ class BalancedGradient(NamedTuple):
 
     Attributes:
       init: ``params -> BalanceState``.
-      value_and_grad: ``(params, state, *args, task_mask=None, **kwargs) -> ((losses, grads),
-        state)``; with ``has_aux``, ``(((losses, aux), grads), state)``.
+      value_and_grad: ``(params, state, *args, task_mask=None, task_ids=None, **kwargs) -> ((losses,
+        grads), state)``; with ``has_aux``, ``(((losses, aux), grads), state)``.
     """
 
     init: Callable[[Any], BalanceState]
@@ -52,6 +53,7 @@ def balanced_value_and_grad(
     losses_fn: Callable[..., Any],
     weighting: Weighting,
     *,
+    in_axes: Any = None,
     measure: Measure = "exact",
     encoder: Callable[..., Any] | None = None,
     every: int = 1,
@@ -81,8 +83,19 @@ def balanced_value_and_grad(
 
     Args:
       losses_fn: as for :func:`gaba_jax.task_value_and_grad`, returning K losses; with ``encoder``,
-        ``losses_fn(params, features, *args)``.
+        ``losses_fn(params, features, *args)``. With ``in_axes``, the ONE loss of one slice.
       weighting: a rule from :mod:`gaba_jax.weighting`.
+      in_axes: for tasks that have examples of their own: the axes of the arguments after ``params``
+        that hold the slices, as in :func:`jax.vmap`. It is an integer for all arguments, or one
+        entry for each, None for an argument that every slice gets whole. ``losses_fn(params,
+        *slice)`` then returns the scalar loss of one slice: a task's own batch, or one example.
+        Slice i is task i, or ``task_ids`` gives each slice its task. One backward pass holds the
+        gradients of all slices: a step costs little more than an ordinary one, for any K. ``aux``
+        has the slices as its leading axis. Keyword arguments are not mapped. A random key is
+        split, one a slice: ``jax.random.split(key, N)``, mapped. Batch statistics are those of a
+        slice. With "lagged", one slice is run after the other. With ``encoder``, which gets one
+        slice too, norms are those on the slice's own features. Default None: all K losses are of
+        one batch.
       measure: "exact" (default): measured and applied in the same update. "lagged": K backward
         passes one after the other, summed with the weights of the update before (the rule's initial
         weights at first) while they are measured for the next: the memory of one gradient. A rule
@@ -120,12 +133,17 @@ def balanced_value_and_grad(
 
     Returns:
       A :class:`BalancedGradient`. ``value_and_grad(params, state, *args, task_mask=None,
-      **kwargs)`` gives losses [K], the gradient with the shapes and dtypes of ``params``, for any
-      optax optimizer, and the next :class:`BalanceState`. ``args`` and ``kwargs`` are those of
-      ``losses_fn``. ``task_mask`` [K] bool marks the tasks in this batch. The gradient of an absent
-      task is never read where losses are returned apart (tuple, list, dict). Losses that come as
-      one [K] array, and those behind an ``encoder``, meet in one backward pass: there an absent
-      task must be finite, since zero times NaN is NaN.
+      task_ids=None, **kwargs)`` gives losses [K], the gradient with the shapes and dtypes of
+      ``params``, for any optax optimizer, and the next :class:`BalanceState`. ``args`` and
+      ``kwargs`` are those of ``losses_fn``. ``task_mask`` [K] bool marks the tasks in this batch.
+      The gradient of an absent task is never read where losses are returned apart (tuple, list,
+      dict) or are those of slices. Losses that come as one [K] array, and those behind an
+      ``encoder``, meet in one backward pass: there an absent task must be finite, since zero times
+      NaN is NaN.
+
+      ``task_ids`` [N] integers, for ``in_axes``: the task of each slice. A task's loss is the mean
+      over its slices. A task without one is absent, and its loss is 0. A slice whose id is not in
+      [0, K) is left out: pad a short batch with -1. With ``task_mask`` both count.
 
       The weights are constants: ``jax.grad`` through a step differentiates the gradients alone.
 
@@ -157,9 +175,11 @@ def balanced_value_and_grad(
     check_weighting(weighting)
     check_driver_arguments(shared, weight_task_specific, nonfinite)
     _check_arguments(measure, encoder, every, microbatch_size, nonfinite)
+    _check_slices(weighting, in_axes, encoder, microbatch_size)
     driver = _Driver(
         losses_fn,
         weighting,
+        in_axes,
         measure,
         encoder,
         every,
@@ -179,6 +199,7 @@ class _Driver(NamedTuple):
 
     losses_fn: Callable[..., Any]
     weighting: Weighting
+    in_axes: Any
     measure: Measure
     encoder: Callable[..., Any] | None
     every: int
@@ -200,17 +221,29 @@ class _Driver(NamedTuple):
         state: BalanceState,
         *args: Any,
         task_mask: ArrayLike | None = None,
+        task_ids: ArrayLike | None = None,
         **kwargs: Any,
     ) -> tuple[tuple[Any, Any], BalanceState]:
         check_params(params)
         check_state(state, len(jax.tree.leaves(params)), self.weighting)
+        present, sliced = task_presence(task_mask, self.weighting.num_tasks), None
+        if self.in_axes is not None:
+            slices = slices_of(self.in_axes, args, task_ids, self.weighting.num_tasks)
+            present &= slices.counts() > 0
+            sliced = Sliced(self.losses_fn, self.encoder, self.has_aux, slices, args, kwargs)
+        elif task_ids is not None:
+            raise ValueError(
+                "task_ids are the tasks of slices, and nothing is sliced: give "
+                "balanced_value_and_grad in_axes, such as in_axes=0."
+            )
         update = _Update(
             self,
             select(self.shared, self.measure_on, params, self.weight_task_specific),
             params,
             state,
-            task_presence(task_mask, self.weighting.num_tasks),
+            present,
             task_mask is not None or self.nonfinite == "drop",
+            sliced,
         )
         if self.every == 1:
             losses, aux, grads, state = update.measuring(*args, **kwargs)
@@ -265,32 +298,42 @@ class _Update(NamedTuple):
     state: BalanceState
     present: Bool[Array, " tasks"]
     apart: bool
+    sliced: Sliced | None
 
     def measuring(self, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any, BalanceState]:
         """Losses, aux, gradient and state of an update that measures."""
-        run = self._forward(*args, **kwargs)
         reads = reads_of(self.driver.weighting)
         # What "drop" has to see in any case.
         least = Reads() if reads is None and self._drop() else reads
         if self.driver.measure == "lagged" and least is not None and not least.cosines:
-            state, grads = self._lagged(run, least)
-            return run.losses, run.aux, grads, state
-        gradients = task_gradients(run, self.selection, self.apart, reads)
+            return self._lagged(least, *args, **kwargs)
+        losses, aux, gradients = self._run(reads, *args, **kwargs)
         measurement, usable = None, self.present
         if least is not None:
             measurement = gradients.measure(self.selection.wanted(self._drop()), least)
             usable = self._usable(measurement)
-        state = self._advanced(run, gradients.selection, measurement, usable)
-        return run.losses, run.aux, self._combined(gradients, state, usable), state
+        state = self._advanced(losses, gradients.selection, measurement, usable)
+        return losses, aux, self._combined(gradients, state, usable), state
 
     def holding(self, *args: Any, **kwargs: Any) -> tuple[Array, Any, Any, BalanceState]:
         """The same of an update that does not measure."""
-        run, usable = self._forward(*args, **kwargs), self.present
-        gradients = task_gradients(run, self.selection, self.apart, None)
+        losses, aux, gradients = self._run(None, *args, **kwargs)
+        usable = self.present
         if self._drop():
             usable = self._usable(gradients.measure(self.selection.wanted(every=True), Reads()))
         state = hold(self.driver.weighting, self.state, usable)
-        return run.losses, run.aux, self._combined(gradients, state, usable), state
+        return losses, aux, self._combined(gradients, state, usable), state
+
+    def _run(
+        self, reads: Reads | None, *args: Any, **kwargs: Any
+    ) -> tuple[Array, Any, TaskGradients]:
+        """Losses, aux and gradients, of which ``reads`` will be read."""
+        if self.sliced is not None:
+            losses, aux, gradients = self.sliced.run(self.params, self.selection, self.apart, reads)
+            _check_manual_axes(losses, self.driver.per_device, _SLICES_REMEDY)
+            return losses, aux, gradients
+        run = self._forward(*args, **kwargs)
+        return run.losses, run.aux, task_gradients(run, self.selection, self.apart, reads)
 
     def _drop(self) -> bool:
         return self.driver.nonfinite == "drop"
@@ -320,7 +363,7 @@ class _Update(NamedTuple):
         )
 
     def _advanced(
-        self, run: Pass, selection: Selection, measurement: Measurement | None, usable: Array
+        self, losses: Array, selection: Selection, measurement: Measurement | None, usable: Array
     ) -> BalanceState:
         reads = reads_of(self.driver.weighting)
         return advance(
@@ -328,7 +371,7 @@ class _Update(NamedTuple):
             selection,
             self.state,
             None if reads is None else measurement,
-            task_losses=needed_losses(self.driver.weighting, run.losses),
+            task_losses=needed_losses(self.driver.weighting, losses),
             present=self.present,
             usable=usable,
             lagged=self.driver.measure == "lagged",
@@ -339,24 +382,49 @@ class _Update(NamedTuple):
         leaves = gradients.combine(factors, usable if self.apart else None)
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
 
-    def _lagged(self, run: Pass, reads: Reads) -> tuple[BalanceState, Any]:
+    def _lagged(
+        self, reads: Reads, *args: Any, **kwargs: Any
+    ) -> tuple[Array, Any, Any, BalanceState]:
         """K backward passes, summed with the weights from before while they are measured."""
-        measurement, total = self._summed(run, self.present, reads)
+        if self.sliced is None:
+            run = self._forward(*args, **kwargs)
+            summed = functools.partial(self._summed, run, reads)
+        else:
+            summed = functools.partial(self._summed_slices, self.sliced, reads)
+        losses, aux, measurement, total = summed(self.present)
         usable = self._usable(measurement)
         if self._drop():
             complete = jnp.all(usable == self.present)
-            total = lax.cond(complete, lambda: total, lambda: self._summed(run, usable, reads)[1])
-        grads = jax.tree.map(lambda t, p: t.astype(p.dtype), total, self.params)
-        return self._advanced(run, self.selection, measurement, usable), grads
+            total = lax.cond(complete, lambda: total, lambda: summed(usable)[3])
+        leaves = zip(total, jax.tree.leaves(self.params), strict=True)
+        grads = [t.astype(p.dtype) for t, p in leaves]
+        state = self._advanced(losses, self.selection, measurement, usable)
+        return losses, aux, jax.tree.unflatten(jax.tree.structure(self.params), grads), state
 
-    def _summed(self, run: Pass, usable: Array, reads: Reads) -> tuple[Measurement, Any]:
-        """What is measured, and the sum over the usable tasks, one gradient at a time."""
-        num_tasks = self.driver.weighting.num_tasks
+    def _factors_before(self, usable: Array) -> tuple[list[Array], list[bool]]:
+        """Per leaf the [K] factors by the weights from before, and whether it is overwritten."""
         weights = restrict(self.driver.weighting, self.state.next_task_weights, usable)
         factors = self.selection.coefficients(weights, usable)
-        over = [each is None for each in factors]
-        factors = jnp.array([weights if each is None else each for each in factors])
-        factors = factors.reshape(-1, num_tasks)
+        return [weights if each is None else each for each in factors], [
+            each is None for each in factors
+        ]
+
+    def _summed_slices(
+        self, sliced: Sliced, reads: Reads, usable: Array
+    ) -> tuple[Array, Any, Measurement, list[Array]]:
+        """Of one slice after the other."""
+        factors, _ = self._factors_before(usable)
+        wanted = self.selection.wanted(self._drop())
+        measured = functools.partial(measure_one, wanted=wanted, reads=reads)
+        return sliced.one_by_one(self.params, self.selection, factors, usable, measured)
+
+    def _summed(
+        self, run: Pass, reads: Reads, usable: Array
+    ) -> tuple[Array, Any, Measurement, list[Array]]:
+        """What is measured, and the sum over the usable tasks, one gradient at a time."""
+        num_tasks = self.driver.weighting.num_tasks
+        each, over = self._factors_before(usable)
+        factors = jnp.array(each).reshape(-1, num_tasks)
         one_at_a_time = [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
         wanted = self.selection.wanted(self._drop())
 
@@ -380,20 +448,23 @@ class _Update(NamedTuple):
             ]
             return total, measure_one(grads, wanted, reads)
 
-        leaves, structure = jax.tree.flatten(self.params)
         one_hot = jnp.eye(num_tasks, dtype=run.losses.dtype)
         tasks = jnp.arange(num_tasks), one_hot, factors.T, usable
-        total, each = lax.scan(add, _passes.zeros_to_sum(leaves), tasks)
-        return of_tasks(each), structure.unflatten(total)
+        zeros = _passes.zeros_to_sum(jax.tree.leaves(self.params))
+        total, each = lax.scan(add, zeros, tasks)
+        return run.losses, run.aux, of_tasks(each), total
 
 
-def _check_manual_axes(losses: Array, per_device: bool) -> None:
+_LOSSES_REMEDY = "Average each loss in losses_fn, with jax.lax.pmean(loss, {axes})"
+_SLICES_REMEDY = "Take jax.jit with the slices sharded over the devices instead of shard_map"
+
+
+def _check_manual_axes(losses: Array, per_device: bool, remedy: str = _LOSSES_REMEDY) -> None:
     if axes := _varying(losses):
         raise ValueError(
             f"the losses differ along {sorted(axes)}, mesh axes of jax.shard_map: norms must "
-            "be those of the mean gradient. Average each loss in losses_fn, with "
-            f"jax.lax.pmean(loss, {tuple(sorted(axes))}); for a model on each device pass "
-            "check_vma=False to shard_map, and per_device=True here."
+            f"be those of the mean gradient. {remedy.format(axes=tuple(sorted(axes)))}; for a "
+            "model on each device pass check_vma=False to shard_map, and per_device=True here."
         )
     manual = jax.sharding.get_abstract_mesh().manual_axes
     unknown = [axis for axis in manual if axis not in _varying(lax.axis_index(axis))]
@@ -415,6 +486,28 @@ def _varying(array: Array) -> frozenset[str]:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.number | float | int)
+
+
+def _check_slices(
+    weighting: Weighting,
+    in_axes: Any,
+    encoder: Callable[..., Any] | None,
+    microbatch_size: int | None,
+) -> None:
+    if in_axes is None:
+        return
+    if microbatch_size is not None:
+        raise ValueError(
+            "microbatch_size splits a batch that several losses share, and with in_axes every "
+            'slice has its own. Leave microbatch_size out; measure="lagged" runs one slice after '
+            "the other."
+        )
+    if encoder is not None and "cosines" in weighting.needs:
+        raise ValueError(
+            f"the weighting {name_of(weighting)} needs cosines, and with in_axes and encoder=... "
+            "every slice has features of its own, so that all cosines on features are 0. Leave "
+            "encoder out, or take a rule that reads norms."
+        )
 
 
 def _check_arguments(

@@ -1,5 +1,7 @@
 """The backward pass of K losses, cut where it is narrowest."""
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from gaba_jax._checks import each_task
+from gaba_jax._meshes import placed
 from gaba_jax._program import Program, Rows
 from gaba_jax._statistics import Leaf, Look, Whole, as_cosines, norms_of, wide
 
@@ -48,11 +51,9 @@ class Term(NamedTuple):
 def leaf_terms(program: Program, leaf: Any) -> tuple[Term, ...]:
     """The products whose sum a leaf is, where they are the cheaper thing to keep; else none."""
     tasks = program.tasks(leaf)
-    terms = _find_terms(program, leaf, ()) if len(tasks) > 1 else None
-    if not terms:
-        return ()
+    terms = find_terms(program, leaf, program.is_merge) if len(tasks) > 1 else ()
     each = [task for term in terms for task in program.tasks(term.cut)]
-    if sorted(each) != list(tasks) or not all(_alike(terms[0], term) for term in terms):
+    if sorted(each) != list(tasks):
         return ()
     size, factors, product = leaf.aval.size, 0, 0
     for term in terms:
@@ -63,16 +64,27 @@ def leaf_terms(program: Program, leaf: Any) -> tuple[Term, ...]:
     return terms if factors < product else ()
 
 
-def _find_terms(program: Program, var: Any, after: tuple[JaxprEqn, ...]) -> tuple[Term, ...] | None:
+def find_terms(program: Program, leaf: Any, is_sum: Callable[[JaxprEqn], bool]) -> tuple[Term, ...]:
+    """The products whose sum a leaf is, all of one form; () where it is something else."""
+    terms = _find_terms(program, leaf, is_sum, ())
+    return terms if terms and all(_alike(terms[0], term) for term in terms) else ()
+
+
+def _find_terms(
+    program: Program,
+    var: Any,
+    is_sum: Callable[[JaxprEqn], bool],
+    after: tuple[JaxprEqn, ...],
+) -> tuple[Term, ...] | None:
     eqn = program.made_by.get(var)
     if eqn is None:
         return None
     name, path = eqn.primitive.name, (eqn, *after)
     if name in _KEEPS_NORM and _is_real(eqn.invars[0]):
-        return _find_terms(program, eqn.invars[0], path)
-    if name == "add_any" and program.is_merge(eqn):
+        return _find_terms(program, eqn.invars[0], is_sum, path)
+    if name == "add_any" and is_sum(eqn):
         # What stands after a sum stands after each of its parts.
-        parts = [_find_terms(program, part, after) for part in eqn.invars]
+        parts = [_find_terms(program, part, is_sum, after) for part in eqn.invars]
         return None if None in parts else tuple(itertools.chain(*parts))  # pyright: ignore
     moving = [bool(program.tasks(operand)) for operand in eqn.invars]
     if name == "dot_general" and sum(moving) == 1 and all(map(_is_real, eqn.invars)):
@@ -129,7 +141,11 @@ def _alike(one: Term, other: Term) -> bool:
     return one is other or form(one) == form(other)
 
 
-class Dense(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["num_rows"]
+)
+@dataclasses.dataclass(frozen=True)
+class Dense:
     """A known factor [*rows, *depth]."""
 
     array: Array
@@ -149,7 +165,13 @@ class Dense(NamedTuple):
         return _norms_of_rows(self.array[None], self.num_rows)[0]
 
 
-class Lookup(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "valid"],
+    meta_fields=["dtype", "num_rows"],
+)
+@dataclasses.dataclass(frozen=True)
+class Lookup:
     """Rows of a table by their indices, [*rows]; one that is not valid is no row."""
 
     rows: Array
@@ -234,28 +256,11 @@ class Factored(NamedTuple):
         if with_cosines:
             divisor = jnp.where(root > 0, root, 1)
             cosines = as_cosines(jnp.block(gram) / divisor[:, None] / divisor)
-        clear = (root >= _LEAST_LEFT * most) & jnp.isfinite(root)
-        return Look(root.astype(jnp.float32), cosines, ~clear)
+        return Look(root.astype(jnp.float32), cosines, in_doubt(root, most))
 
     def look_again(self, look: Look) -> Look:
         """Norms (and cosines) from the gradients themselves, one at a time."""
-        return lax.cond(jnp.any(look.doubt), self._one_by_one, lambda look: look, look)
-
-    def _one_by_one(self, look: Look) -> Look:
-        norms = self.each(lambda gradient: norms_of([gradient])[0])
-        if look.cosines is None:
-            return look._replace(norms=norms)
-
-        def unit(gradient: Array) -> Array:
-            norm = norms_of([gradient])[0]
-            wider = gradient.astype(wide(gradient))
-            return wider / jnp.where(norm > 0, norm, 1).astype(wider.dtype)
-
-        def with_others(one: Array) -> Array:
-            one = unit(one)
-            return self.each(lambda other: jnp.sum(one * unit(other)).astype(jnp.float32))
-
-        return look._replace(norms=norms, cosines=as_cosines(self.each(with_others)))
+        return measured_again(self, look)
 
     @property
     def of_one(self) -> jax.ShapeDtypeStruct:
@@ -291,6 +296,33 @@ class Factored(NamedTuple):
             leaf = part if leaf is None else leaf + part
         assert leaf is not None
         return leaf
+
+
+def in_doubt(norms: Array, most: Array) -> Bool[Array, " tasks"]:
+    """Where the digits of norms from factors may not suffice; rows alone would have ``most``."""
+    return ~((norms >= _LEAST_LEFT * most) & jnp.isfinite(norms))
+
+
+def measured_again(leaf: Leaf, look: Look) -> Look:
+    """Norms (and cosines) from the gradients themselves, one at a time, where there is doubt."""
+    return lax.cond(jnp.any(look.doubt), lambda: _one_by_one(leaf, look), lambda: look)
+
+
+def _one_by_one(leaf: Leaf, look: Look) -> Look:
+    norms = leaf.each(lambda gradient: norms_of([gradient])[0])
+    if look.cosines is None:
+        return look._replace(norms=norms)
+
+    def unit(gradient: Array) -> Array:
+        norm = norms_of([gradient])[0]
+        wider = gradient.astype(wide(gradient))
+        return wider / jnp.where(norm > 0, norm, 1).astype(wider.dtype)
+
+    def with_others(one: Array) -> Array:
+        one = unit(one)
+        return leaf.each(lambda other: jnp.sum(one * unit(other)).astype(jnp.float32))
+
+    return look._replace(norms=norms, cosines=as_cosines(leaf.each(with_others)))
 
 
 class Plan:
@@ -370,21 +402,13 @@ def _dot(one: Array, other: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]
 
 def _sharded_by_rows(array: Array, num_rows: int) -> Array:
     """On a mesh of Explicit axes, sharded along its first axes alone."""
-    return _placed(array, lambda spec: spec[:num_rows])
+    return placed(array, lambda spec: spec[:num_rows])
 
 
 def _rows_together(array: Array, num_rows: int) -> Array:
     """On a mesh of Explicit axes, sharded along all but its first axes."""
-    return _placed(array, lambda spec: (*[None] * num_rows, *spec[num_rows:]))
+    return placed(array, lambda spec: (*[None] * num_rows, *spec[num_rows:]))
 
 
 def _placed_like(other: Array, array: Array) -> Array:
-    return _placed(array, lambda _: tuple(jax.typeof(other).sharding.spec))
-
-
-def _placed(array: Array, place: Callable[[tuple[Any, ...]], Sequence[Any]]) -> Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.explicit_axes:
-        return array
-    spec = place(tuple(jax.typeof(array).sharding.spec))
-    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*spec))
+    return placed(array, lambda _: tuple(jax.typeof(other).sharding.spec))

@@ -58,14 +58,14 @@ def task_gradients(
             return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
         return pulled(run, functools.partial(_one_by_one, run), selection)
     # What is overwritten does not follow from the cotangents, which a cut goes by.
-    program = None if any(selection.overwritten) else _understood(run, num_tasks)
+    program = None if any(selection.overwritten) else understood(run, num_tasks)
     if program is None or (apart and run.apart and program.mixes()):
         if reads is None and not apart:
-            return pulled(run, _nothing, selection)
+            return pulled(run, nothing, selection)
         return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
     once = not apart and program.is_linear()
     if once and reads is None:
-        return pulled(run, _nothing, selection)
+        return pulled(run, nothing, selection)
     from gaba_jax import _cut
 
     every = (True,) * len(selection.measure_on)
@@ -131,7 +131,8 @@ def _on_features(run: Pass, selection: Selection) -> TaskGradients:
     )
 
 
-def _nothing(wanted: Any, reads: Reads) -> Measurement:
+def nothing(wanted: Any, reads: Reads) -> Measurement:
+    """For a rule that reads no gradients."""
     raise AssertionError("the weighting reads no gradients")
 
 
@@ -150,7 +151,7 @@ def of_tasks(each: Measurement) -> Measurement:
     return jax.tree.map(jnp.transpose, each)
 
 
-def _understood(run: Pass, num_tasks: int) -> Any:
+def understood(run: Pass, num_tasks: int) -> Any:
     """The backward pass as a program; None where this JAX's is not understood."""
     try:
         from gaba_jax._program import Program

@@ -46,7 +46,7 @@ def whole(losses_of: Callable[[Any], Any], inputs: Any, has_aux: bool) -> Pass:
 
     def checked(inputs: Any) -> tuple[Any, Any]:
         out = losses_of(inputs)
-        losses, aux = _split_aux(out) if has_aux else (out, None)
+        losses, aux = split_aux(out) if has_aux else (out, None)
         check_losses(losses)
         return losses, aux
 
@@ -79,9 +79,13 @@ def with_encoder(
     has_aux: bool,
     params: Any,
     *args: Any,
+    of_sum: bool = False,
     **kwargs: Any,
 ) -> Pass:
-    """``losses_fn(params, encoder(params, ...), ...)``, whose features have gradients too."""
+    """``losses_fn(params, encoder(params, ...), ...)``, whose features have gradients too.
+
+    With ``of_sum`` those are of the sum of the losses, each of which has features of its own.
+    """
     features, pull_features = jax.vjp(lambda p: encoder(p, *args, **kwargs), params)
     if not jax.tree.leaves(features):
         raise ValueError("encoder returned no features; it must return the pytree that heads read.")
@@ -94,6 +98,8 @@ def with_encoder(
         return jax.tree.map(jnp.add, grads[0], pull_features(grads[1])[0])
 
     def feature_gradients() -> list[Array]:
+        if of_sum:
+            return jax.tree.leaves(heads.pull_back(jnp.ones_like(heads.losses))[1])
         return stack([heads.pull_back_one(i)[1] for i in range(heads.losses.shape[0])])
 
     return heads._replace(
@@ -214,7 +220,8 @@ def _stack_losses(losses: Any) -> Array:
     return jnp.stack(_each(losses))
 
 
-def _split_aux(out: Any) -> tuple[Any, Any]:
+def split_aux(out: Any) -> tuple[Any, Any]:
+    """The pair that has_aux=True promises."""
     if not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(
             f"with has_aux=True losses_fn must return a pair (losses, aux), got {type(out)}."

@@ -12,9 +12,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._checks import each_task
+from gaba_jax._meshes import is_explicit
 
 # Slices run faster; past this many the program takes too long to compile.
 _MOST_SLICES = 256
+
+# A weighted sum of more gradients is one reduction.
+_MOST_TERMS = 32
 
 # One factor per regime keeps the squares inside float32's range, underflow included.
 _USUAL_SCALE = 2.0**37  # norms from 1e-22 to 1e8; a sum of zero is a true zero down to 1e-30
@@ -175,8 +179,7 @@ class Whole(NamedTuple):
             above = above.at[tuple(np.array(pairs).T)].set(jnp.stack(dots))
             gram = above + above.T
         else:
-            axes, scaled = tuple(range(1, leaf.ndim)), leaf * each_task(unit, leaf)
-            gram = lax.map(lambda one: jnp.sum((scaled * one.conj()[None]).real, axis=axes), scaled)
+            gram = _gramian(leaf * each_task(unit, leaf))
         return as_cosines(gram)
 
     @property
@@ -191,13 +194,30 @@ class Whole(NamedTuple):
         return jax.tree.map(lambda *each: jnp.stack(each), *map(measured, self.slices()))
 
     def combine(self, factors: Array, usable: Array | None) -> Array:
-        """Slice by slice, which XLA folds."""
+        """Slice by slice where they are few, which XLA folds."""
         accurate = wide(self.array)
+        if len(self.array) > _MOST_TERMS:
+            terms = self.array.astype(accurate) * each_task(factors, self.array).astype(accurate)
+            if usable is not None:
+                terms = jnp.where(each_task(usable, terms), terms, 0)
+            return jnp.sum(terms, axis=0).astype(self.array.dtype)
         total = jnp.zeros(self.array.shape[1:], accurate)
         for i in range(len(self.array)):
             term = self.array[i].astype(accurate) * factors[i].astype(accurate)
             total = total + (term if usable is None else jnp.where(usable[i], term, 0))
         return total.astype(self.array.dtype)
+
+
+def _gramian(rows: Array) -> Array:
+    """The inner products of arrays [K, ...]."""
+    axes = tuple(range(1, rows.ndim))
+    if is_explicit():
+        # A product would have to be told where it ends, a sum over sharded axes need not.
+        return lax.map(lambda one: jnp.sum((rows * one.conj()[None]).real, axis=axes), rows)
+    dots = lax.dot_general(
+        rows, rows.conj(), ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+    )
+    return dots.real
 
 
 def measure(

@@ -9,12 +9,17 @@ from jax import lax
 
 from gaba_jax._checks import check_params, is_stacked, path_name
 from gaba_jax._passes import whole
+from gaba_jax._slices import Sliced, slices_of
 
 Method = Literal["unroll", "vmap", "scan"]
 
 
 def task_value_and_grad(
-    losses_fn: Callable[..., Any], *, has_aux: bool = False, method: Method = "unroll"
+    losses_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    method: Method = "unroll",
+    in_axes: Any = None,
 ) -> Callable[..., tuple[Any, Any]]:
     r"""Evaluates K losses and the gradient of each, as :func:`jax.value_and_grad` does for one.
 
@@ -27,6 +32,13 @@ def task_value_and_grad(
       method: how the K backward passes run. "unroll" (default): one after the other in the
         program, fastest; "vmap": batched, the most memory; "scan": in a loop, for a program whose
         size does not grow with K. The numbers are the same.
+      in_axes: where every task has examples of its own, the axes of the arguments after ``params``
+        that hold the tasks, as in :func:`jax.vmap`: an integer for all arguments, or one entry for
+        each, None for an argument that every task gets whole. ``losses_fn(params, *slice)`` then
+        returns ONE scalar loss, that of the slice it is given: a task's batch, or one example.
+        Slice i is task i. This is ``jax.vmap(jax.value_and_grad(losses_fn), (None, *in_axes))``;
+        with ``method="scan"`` one slice is run after the other. ``aux`` has the slices as its
+        leading axis. Keyword arguments are not mapped. Default None: one batch has all K losses.
 
     Returns:
       A function of the same arguments that returns ``(losses, grads)``: losses [K], and grads with
@@ -39,7 +51,8 @@ def task_value_and_grad(
       NaN is NaN.
 
     Raises:
-      ValueError: an unknown method; losses that are no real scalars.
+      ValueError: an unknown method; losses that are no real scalars; ``in_axes`` that do not fit
+        the arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,12 +64,24 @@ def task_value_and_grad(
       >>> losses, grads  # sorted keys: "energy" first
       (Array([2., 1.], dtype=float32), Array([[2. , 2. ],
              [0.5, 0.5]], dtype=float32))
+
+      Every row of a batch a task:
+
+      >>> def loss_fn(w, x):
+      ...     return (x @ w) ** 2
+      >>> task_value_and_grad(loss_fn, in_axes=0)(jnp.ones(2), jnp.eye(2))
+      (Array([1., 1.], dtype=float32), Array([[2., 0.],
+             [0., 2.]], dtype=float32))
     """
     if method not in ("unroll", "vmap", "scan"):
         raise ValueError(f'{method=} must be "unroll", "vmap" or "scan".')
 
     def value_and_grad(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         check_params(params)
+        if in_axes is not None:
+            sliced = Sliced(losses_fn, None, has_aux, slices_of(in_axes, args), args, kwargs)
+            losses, aux, grads = sliced.stacked(params, one_by_one=method == "scan")
+            return ((losses, aux) if has_aux else losses), grads
         linear = whole(lambda p: losses_fn(p, *args, **kwargs), params, has_aux)
         num_tasks = linear.losses.shape[0]
         if method == "unroll":

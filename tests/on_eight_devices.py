@@ -37,6 +37,8 @@ PAGE = "docs/meshes.md"
 K, STEPS, BATCH, WIDTH = 2, 20, 16, 64  # wide enough beside the batch for norms from factors
 RULE = functools.partial(weighting.gaba, K, warmup_steps=2, beta=0.9)
 PATHS = ("plain", "stacked", "exact", "exact, cosines", "exact, statistics", "lagged")
+SLICES = ("slices", "slices, cosines", "slices, lagged")  # split over the devices
+SLICED = ("data parallel", "data parallel, explicit", "fsdp", "fsdp, explicit")
 WIDE = 128  # of the page's kernels: XLA moves activations if it may
 KERNELS = {"w1": True, "w2": True, "a": False, "b": False}
 MOMENTUM = optax.sgd(1e-3, momentum=0.9)
@@ -122,19 +124,20 @@ def init():
     return params, list(zip(x, np.sin(x.sum(axis=2)), strict=True))
 
 
-def make_losses(layout=None, mean=lambda loss: loss):
-    def place(spec, value):
-        if layout is None or spec is None:
-            return value
-        if layout.axis_type is AxisType.Explicit:
-            return reshard(value, spec)
-        return lax.with_sharding_constraint(value, spec)
+def place(layout, spec, value):
+    if layout is None or spec is None:
+        return value
+    if layout.axis_type is AxisType.Explicit:
+        return reshard(value, spec)
+    return lax.with_sharding_constraint(value, spec)
 
+
+def make_losses(layout=None, mean=lambda loss: loss):
     def losses_fn(params, x, y):
         gathered = P() if layout is not None and layout.gathered else None
         hidden = None if layout is None else layout.hidden
-        h = place(hidden, jnp.tanh(x @ place(gathered, params["w1"])))
-        h = place(hidden, jnp.tanh(h @ place(gathered, params["w2"])))
+        h = place(layout, hidden, jnp.tanh(x @ place(layout, gathered, params["w1"])))
+        h = place(layout, hidden, jnp.tanh(h @ place(layout, gathered, params["w2"])))
         loud, quiet = jnp.mean((h @ params["a"] - y) ** 2), jnp.mean((h @ params["b"]) ** 2)
         return mean(100 * loud), mean(quiet)
 
@@ -177,6 +180,36 @@ def make_step(path, losses_fn, average=lambda grads: grads):
     return step, (balanced, adamw)
 
 
+def make_sliced_step(path, layout=None):
+    """Likewise, every row of the batch a slice of one of the two tasks in turn."""
+    gathered = layout is not None and layout.gathered
+
+    def loss_fn(params, task, x, y):
+        head = jnp.where(task == 0, params["a"], params["b"])
+        h = jnp.tanh(jnp.tanh(x @ params["w1"]) @ params["w2"])
+        return jnp.where(task == 0, 100.0, 1.0) * (h @ head - y) ** 2
+
+    rule = weighting.upgrad(K) if "cosines" in path else RULE()
+    options = {"measure": "lagged"} if "lagged" in path else {}
+    balanced, adamw = (
+        balanced_value_and_grad(loss_fn, rule, in_axes=0, **options),
+        optax.adamw(1e-3),
+    )
+
+    def step(carry, x, y):
+        params, state, opt_state = carry
+        whole = jax.tree.map(lambda p: place(layout, P(), p), params) if gathered else params
+        tasks = place(layout, P("data"), jnp.arange(BATCH) % K)
+        (_, grads), state = balanced.value_and_grad(whole, state, tasks, x, y, task_ids=tasks)
+        if gathered:
+            specs = {name: layout.params if p.ndim > 1 else P() for name, p in params.items()}
+            grads = {name: place(layout, specs[name], g) for name, g in grads.items()}
+        updates, opt_state = adamw.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), state, opt_state)
+
+    return step, (balanced, adamw)
+
+
 def train(step, carry, batches, **options):
     """The last carry, and the compiled step. It takes its own output again: all stays in place."""
     program = jax.jit(step, **options).lower(carry, *batches[0]).compile()
@@ -202,8 +235,14 @@ def places_of(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
+def make_step_of(path, layout=None):
+    if path in SLICES:
+        return make_sliced_step(path, layout)
+    return make_step(path, make_losses(layout))
+
+
 def on_a_mesh(layout, path, params, batches):
-    step, parts = make_step(path, make_losses(layout))
+    step, parts = make_step_of(path, layout)
     with placed(layout, params, batches) as (params, batches):
         carry = (params, *(page()["place_state"](part, params) for part in parts))
         return train(step, carry, batches, out_shardings=places_of(carry))
@@ -295,11 +334,13 @@ def keeps_its_place(layout, name, params, batches):
 def main():
     params, batches = init()
     steps = {name: {} for name in LAYOUTS} | {"shard_map": {}, "shard_map, unchecked": {}}
-    for path in PATHS:
-        step, parts = make_step(path, make_losses())
+    for path in (*PATHS, *SLICES):
+        step, parts = make_step_of(path)
         expected, _ = train(step, (params, *(part.init(params) for part in parts)), batches)
-        runs = {name: functools.partial(on_a_mesh, layout) for name, layout in LAYOUTS.items()}
-        runs["shard_map"] = functools.partial(under_shard_map, True)
+        names = SLICED if path in SLICES else LAYOUTS
+        runs = {name: functools.partial(on_a_mesh, LAYOUTS[name]) for name in names}
+        if path in PATHS:
+            runs["shard_map"] = functools.partial(under_shard_map, True)
         if path in ("plain", "stacked"):
             runs["shard_map, unchecked"] = functools.partial(under_shard_map, False)
         for name, run in runs.items():

@@ -110,7 +110,7 @@ def factored_leaves(fn, params, *args):
 
     def look(params, *args):
         run = _passes.whole(lambda p: fn(p, *args), params, False)
-        program = _gradients._understood(run, run.losses.shape[0])
+        program = _gradients.understood(run, run.losses.shape[0])
         terms = [_cut.leaf_terms(program, leaf) for leaf in program.leaves]
         paths = [path for path, _ in jax.tree.leaves_with_path(params)]
         found.extend(
@@ -529,7 +529,7 @@ def test_held_updates_with_cosines():
 )
 def test_a_program_that_is_not_understood(options, monkeypatch):
     """Slower, never wrong."""
-    monkeypatch.setattr(_gradients, "_understood", lambda *_: None)
+    monkeypatch.setattr(_gradients, "understood", lambda *_: None)
     fn, params, args, num_tasks, _ = mlp()
     check(fn, "cosines", params, *args, num_tasks=num_tasks, **options)
 

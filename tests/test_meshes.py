@@ -15,6 +15,8 @@ from tests.on_eight_devices import (
     OPTIMIZERS,
     PAGE,
     PATHS,
+    SLICED,
+    SLICES,
     WIDE,
     WIDTH,
     K,
@@ -27,6 +29,7 @@ from tests.on_eight_devices import (
 TRUNK, HEAD = 4 * 2 * WIDTH * WIDTH, 4 * WIDTH  # bytes; the heads are one vector each
 SMALL = 256  # bytes that norms and a whole vector may add
 ROWS = [(name, path) for name in [*LAYOUTS, "shard_map"] for path in PATHS]
+ROWS += [(name, path) for name in SLICED for path in SLICES]
 ROWS += [("shard_map, unchecked", "plain"), ("shard_map, unchecked", "stacked")]
 EXACT = ("exact", "exact, cosines")
 # Where parameters are gathered before they are used, and on every other path that measures.
@@ -85,6 +88,13 @@ MORE = {"tensor parallel": 1.02, "2 x 4": 1.26}
 
 
 @pytest.mark.parametrize("path", EXACT)
+@pytest.mark.parametrize("path", ["slices", "slices, cosines"])
+@pytest.mark.parametrize("layout", ["data parallel", "data parallel, explicit"])
+def test_slices_that_are_split_over_devices_reduce_the_update_once(found, layout, path):
+    kernels = [row for row in found[layout][path]["collectives"] if row[1] >= TRUNK]
+    assert kernels == [["all-reduce", TRUNK, 1]]
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "shard_map", PAGE])
 def test_exact_moves_at_most_what_stacked_gradients_do(found, layout, path):
     """In bytes of all collectives together; on sharded columns little more."""
