@@ -232,10 +232,60 @@ def full_model() -> str:
     return where(document) + table(head, rows) + "\n"
 
 
+def slices() -> str:
+    """Steps of tasks with examples of their own."""
+    document = read("slices")
+    rows = []
+    for title, result in document["results"].items():
+        for path, of in result.items():
+            if path not in ("plain", "stacked"):
+                cells = f"{of['milliseconds']:.1f}", f"{of['time']:.2f}", f"{of['memory']:.2f}"
+                rows.append((title, path, *cells))
+    versions = document["versions"]
+    return (
+        f"{document['machine']}; jax {versions['jax']}; {versions['torchjd']} of TorchJD on PyTorch "
+        f"{versions['torch'].split('+')[0]}.\n\n"
+        + table(("", "path", "ms", "time / plain", "memory / plain"), rows)
+        + "\n"
+    )
+
+
+def slices_goals() -> str:
+    """What they may cost; of TorchJD, by how much it should be behind."""
+    rows = [
+        (what, f"{goal['goal']:g}", f"{goal['measured']:.2f}", "yes" if goal["met"] else "no")
+        for what, goal in read("slices")["goals"].items()
+    ]
+    return table(("", "goal", "measured", "met"), rows) + "\n"
+
+
+def instance_wise() -> str:
+    """Every example a task, and groups of them."""
+    from benchmarks.instance_wise import COLUMNS, cells
+
+    document = read("instance_wise")
+    parts = []
+    for condition, result in document["results"].items():
+        rows = [(method, *cells(row)) for method, row in result.items()]
+        parts.append(f"Digits, {condition}:\n\n" + table(("", *COLUMNS), rows) + "\n")
+    return "\n".join(parts)
+
+
+def control() -> str:
+    """Ten arms, one network."""
+    from benchmarks.control import COLUMNS, cells
+
+    rows = [(method, *cells(row)) for method, row in read("control")["results"].items()]
+    return table(("", *COLUMNS), rows) + "\n"
+
+
 def tables() -> dict[str, dict[str, str]]:
     """What stands after each marker, by page."""
     return {
         "choose_a_path.md": {start(part.__name__): part() for part in (which, large_models)},
+        "slices.md": {start(part.__name__): part() for part in (slices, slices_goals)},
+        "instance_wise.md": {start("instance_wise"): instance_wise()},
+        "control.md": {start("control"): control()},
         "published_experiment.md": {start("full_model"): full_model()},
         "benchmarks.md": {
             start(part.__name__): part()

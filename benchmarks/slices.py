@@ -139,13 +139,19 @@ class Engine:
     def losses(self) -> Any:
         return ((self.model(self.x) - self.y) ** 2).mean(dim=1)
 
-    def step(self) -> Any:
+    def step(self) -> None:
         losses = self.losses()
         self.optimizer.zero_grad()
         gramian = self.engine.compute_gramian(losses)
         losses.backward(self.weighting(gramian))
         self.optimizer.step()
-        return gramian
+
+    def run(self, steps: int) -> Callable[[], None]:
+        def call() -> None:
+            for _ in range(steps):
+                self.step()
+
+        return call
 
 
 def engine_inputs(case: Case) -> tuple[Any, ...]:
@@ -209,7 +215,7 @@ def measure(name: str, num_tasks: int, rows: int, rounds: int, limit: float) -> 
         inputs = engine_inputs(case)
         engine = Engine(*inputs)
         check_engine(case, engine)
-        runs[ENGINE] = lambda: [engine.step() for _ in range(steps)] and None
+        runs[ENGINE] = engine.run(steps)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             temp[ENGINE] = pool.apply(peak_of_engine, (inputs, 4))
     times = _measure.interleaved(runs, rounds, 1, limit)
