@@ -1,10 +1,9 @@
 """The documentation: every public name, pages that are reached, links that lead somewhere.
 
-Code on the pages runs as doctests; that the pages build without a warning is the build's to say.
+Code on the pages is run by test_pages.py; that they build without a warning is the build's to say.
 """
 
 import ast
-import doctest
 import importlib
 import inspect
 import pkgutil
@@ -17,6 +16,7 @@ import pytest
 
 import gaba_jax
 from benchmarks import docs_pages, large_models, performance
+from tests import pages
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -233,13 +233,15 @@ def test_the_listings_of_pytorch_do_what_ours_do(peer):
     sections = re.split(r"^## ", PAGES["migrate.md"], flags=re.MULTILINE)
     listings = next(s for s in sections if s.strip("`").startswith(peer))
     names = {}
-    parse = doctest.DocTestParser().get_examples
     losses_fn = next(s for s in sections if s.startswith("`GABALoss`"))
-    for source in (sections[0], losses_fn if peer == "TorchJD" else "", listings):
-        for example in parse(source):
-            exec(example.source, names)
-    for listing in re.findall(r"```python\n(import torch\n.*?)```", listings, re.DOTALL):
-        exec(listing, names)
+    code = [
+        block
+        for source in (sections[0], losses_fn if peer == "TorchJD" else "", listings)
+        for block in pages.blocks(source)
+    ]
+    theirs = [block for block in pages.blocks(listings) if block.startswith("import torch")]
+    for block in [block for block in code if not block.startswith("import torch")] + theirs:
+        exec(block, names)
     params = names["params"]
     if peer == "GABALoss":
         weights = names["optax"].tree.get(names["opt_state"], "task_weights")
