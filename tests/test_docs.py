@@ -147,12 +147,12 @@ def test_links_lead_somewhere(name):
 def test_includes_find_their_markers():
     included = 0
     for page in PAGES.values():
-        for block in re.findall(r"```{include} \.\./README\.md\n(.*?)```", page, re.DOTALL):
-            readme = (ROOT / "README.md").read_text()
+        for path, block in re.findall(r"```{include} (\S+)\n(.*?)```", page, re.DOTALL):
+            text = (DOCS / path).read_text()
             start, end = re.findall(r"^:(?:start-after|end-before): \"?(.*?)\"?$", block, re.M)
-            assert end in readme.partition(start)[2], (start, end)
+            assert end in text.partition(start)[2], (start, end)
             included += 1
-    assert included == 2
+    assert included == 3
 
 
 def test_formulas_are_mended():
@@ -221,8 +221,17 @@ def test_what_is_said_of_large_models():
     assert 6.7e9 <= stored["parameters"] < 6.8e9
 
 
-def test_the_page_of_paths_is_one_screen():
-    assert len(PAGES["choose_a_path.md"].splitlines()) <= 80
+@pytest.mark.parametrize("name", ["choose_a_path.md", "which_rule.md"])
+def test_pages_to_choose_by_are_one_screen(name):
+    assert len(PAGES[name].splitlines()) <= 80
+
+
+def test_the_choice_of_a_rule_has_no_table_and_opens_the_landing_page():
+    assert "|---" not in PAGES["which_rule.md"]
+    assert PAGES["index.md"].index("{include} which_rule.md") < PAGES["index.md"].index(
+        "## Install"
+    )
+    assert "{include}" not in PAGES["which_rule.md"]
 
 
 @pytest.mark.parametrize("peer", ["GABALoss", "TorchJD"])
