@@ -198,7 +198,7 @@ def _train_seeds(
     carries = program.init(seeds)
     best: Any = (carries.params, carries.stats) if config.early_stopping is not None else ()
     on_device = jax.device_put(data.train)
-    evaluated = sum(len(split.rul) for split in (data.validation, data.test, data.test_all) if split)
+    evaluated = sum(len(s.rul) for s in (data.validation, data.test, data.test_all) if s)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     total = config.epochs * steps
     history = {name: np.zeros([len(seeds), total, len(TASKS)], np.float32) for name in _HISTORY}
@@ -238,8 +238,8 @@ def _train_seeds(
         """Why no further update is done."""
         if done == total:
             return "all epochs"
-        stops_early = config.early_stopping is not None and done % steps == 0
-        if stops_early and _stalled(scalars[0]) >= config.early_stopping:
+        patience = config.early_stopping
+        if patience is not None and done % steps == 0 and _stalled(scalars[0]) >= patience:
             return "early stopping"
         if done > resumed_at and pace.over(time.perf_counter() - started):
             return "budget"
