@@ -249,6 +249,12 @@ def _train_seeds(
         saved_as = identity(config) | {"tasks": list(TASKS), "data": _fingerprint(data)}
         snapshot = checkpoints.start(first_state(), saved_as, identity(TrainConfig()))
         if snapshot is not None:
+            if len(snapshot.scalars) != snapshot.step // steps or snapshot.step > total:
+                raise ValueError(
+                    f"{checkpoints.directory / str(snapshot.step)} is damaged: it has the scores "
+                    f"of {len(snapshot.scalars)} epochs of {steps} updates. Remove that folder to "
+                    "go on from the checkpoint before it."
+                )
             state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], snapshot.state)
             best = state.pop("best")
             carries = Carry(**state)
