@@ -384,5 +384,7 @@ def _damage_reported(manager: ocp.CheckpointManager, step: int) -> Generator[Non
 
 def _cause(error: Exception) -> str:
     """The first line, without the specification that tensorstore appends."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return text.partition(" [tensorstore_spec")[0].partition(" [os_error_code")[0]
