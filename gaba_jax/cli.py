@@ -555,7 +555,7 @@ def _write(run: Run, data: TurbofanData, out: Path) -> None:
 
 def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -> None:
     summary = run.summary
-    of_file = config.data is not None and not config.data.is_dir()  # N-CMAPSS has no subsets
+    of_file = config.data is not None and config.data.suffix in (".h5", ".hdf5")  # no subsets
     engines = config.data or "a simulated fleet"
     source = engines if of_file else f"{config.subset}, {engines}"
     table = Table(title=f"{config.weighting} on {source}", title_justify="left")

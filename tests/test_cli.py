@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -266,6 +267,12 @@ def test_simulate_then_train_on_it(tmp_path, capsys):
     assert (
         run("train", "--data", fleet, "--subset", "FD003", *SMALL, "--debias", "--beta", 0.9) == 0
     )
+    assert "gaba on FD003" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "fleet.zip", "w") as archive:
+        for path in fleet.iterdir():
+            archive.write(path, path.name)
+    of_zip = ["--data", tmp_path / "fleet.zip", "--subset", "FD003"]
+    assert run("train", *of_zip, *SMALL, "--debias", "--beta", 0.9) == 0
     assert "gaba on FD003" in capsys.readouterr().out
 
 
@@ -548,9 +555,12 @@ def test_compare_writes_and_goes_on(tmp_path, capsys):
     assert run(*arguments, "--methods", "uniform") == 0
     kept = tmp_path / "runs" / "FD001" / "mse" / "uniform" / "seed0.json"
     before = kept.stat().st_mtime_ns
+    assert "100 % done" in " ".join(capsys.readouterr().out.split())
     assert run(*arguments, "--methods", "uniform", "gaba:warmup_steps=0") == 0
     assert kept.stat().st_mtime_ns == before
     assert "2 runs, 0 diverged" in capsys.readouterr().out
+    assert run(*arguments, "--methods", "uniform", "gaba:warmup_steps=0") == 0
+    assert "%" not in capsys.readouterr().out  # there was nothing to do
     for name in ("results.csv", "report.md", "pareto_FD001.png", "history_FD001.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert "needs at least 2 seeds" in (tmp_path / "report.md").read_text()
