@@ -25,7 +25,7 @@ from gaba_jax.weighting import Weighting
 RESULT = Path(__file__).with_suffix(".json")
 ARMS, ROWS, STEPS, WIDTHS = 10, 64, 3000, (16, 64, 64, 2)
 RATES = (1e-3, 3e-3, 1e-2)  # of Adam
-LENGTHS = np.geomspace(1.0, 0.5, ARMS)  # of a link, m
+LENGTHS = np.geomspace(1.0, 0.2, ARMS)  # of a link, m
 MASSES = np.geomspace(2.0, 0.5, ARMS)  # at the end of a link, kg
 TORQUE, GRAVITY = 5.0, 9.81  # N m, m/s^2
 SINGLE = "single-task"
@@ -72,7 +72,7 @@ def spreads() -> jax.Array:
 def predict(params: Any, arm: jax.Array, states: jax.Array) -> jax.Array:
     """Which arm it is comes as one of ten inputs."""
     which = jnp.broadcast_to(jax.nn.one_hot(arm, ARMS), (*states.shape[:-1], ARMS))
-    return 30 * apply(params, jnp.concatenate([states, which], -1), jnp.tanh)
+    return 100 * apply(params, jnp.concatenate([states, which], -1), jnp.tanh)
 
 
 def loss_fn(params: Any, arm: jax.Array, states: jax.Array, y: jax.Array) -> jax.Array:
