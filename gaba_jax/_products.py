@@ -146,7 +146,7 @@ class Products(NamedTuple):
         cosines = None
         if with_cosines and gram is not None:
             divisor = jnp.where(root > 0, root, 1)
-            cosines = as_cosines(gram / divisor[:, None] / divisor)
+            cosines = as_cosines(gram / divisor[:, None] / divisor[None])
         doubt = in_doubt(root, most) | ((root < _SMALLEST) & (most > 0))
         return Look(root.astype(jnp.float32), cosines, doubt)
 
@@ -259,11 +259,10 @@ class _Pair(NamedTuple):
         """The squared norm of the gradient, and the sum of the norms of its rows' gradients."""
         products = self.products(self)
         n = products.ndim // 2
-        own = jnp.ones([], bool)
-        for axis in range(n):
-            own &= jax.lax.broadcasted_iota(jnp.int32, products.shape, axis) == (
-                jax.lax.broadcasted_iota(jnp.int32, products.shape, axis + n)
-            )
+        places = [lax.broadcasted_iota(jnp.int32, products.shape, i) for i in range(products.ndim)]
+        own = jnp.ones(products.shape, bool)
+        for one, other in zip(places[:n], places[n:], strict=True):
+            own &= one == other
         return jnp.sum(products), jnp.sum(jnp.where(own, jnp.sqrt(jnp.maximum(products, 0)), 0))
 
 

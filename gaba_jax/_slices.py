@@ -59,13 +59,17 @@ class Slices(NamedTuple):
     def members(self) -> Bool[Array, "tasks slices"]:
         """Which slices a task has."""
         assert self.ids is not None
-        return jnp.arange(self.num_tasks)[:, None] == self.ids
+        return jnp.arange(self.num_tasks)[:, None] == self.ids[None]
 
     def counts(self) -> Array:
         """[K], the number of slices of each task."""
         if self.ids is None:
             return jnp.ones([self.num_tasks], jnp.int32)
         return jnp.sum(self.members(), axis=1, dtype=jnp.int32)
+
+    def shares(self) -> Array:
+        """[K], the part of a task's mean that each of its slices is."""
+        return 1 / jnp.maximum(self.counts(), 1)
 
     def means(self, values: Array) -> Array:
         """[K, ...] from [N, ...]: the mean over a task's slices, 0 where it has none."""
@@ -77,14 +81,13 @@ class Slices(NamedTuple):
             sums = jnp.sum(jnp.where(members, accurate, 0), axis=1)
         else:  # a slice of no task has no row to be added to
             sums = jax.ops.segment_sum(accurate, self.ids, self.num_tasks)
-        counts = jnp.maximum(self.counts(), 1).astype(sums.dtype)
-        return (sums / each_task(counts, sums)).astype(values.dtype)
+        return (sums * each_task(self.shares().astype(sums.dtype), sums)).astype(values.dtype)
 
     def factors(self, of_tasks: Shaped[Array, " tasks"]) -> Shaped[Array, " slices"]:
         """What each slice's gradient is multiplied by where its task's mean is by ``of_tasks``."""
         if self.ids is None:
             return of_tasks
-        shares = of_tasks / jnp.maximum(self.counts(), 1)
+        shares = of_tasks * self.shares().astype(of_tasks.dtype)
         return jnp.sum(jnp.where(self.members(), shares[:, None], 0), axis=0)
 
     def of_pairs(self, gram: Array, most: Array) -> tuple[Array, Array]:
@@ -92,14 +95,14 @@ class Slices(NamedTuple):
         if self.ids is None:
             return gram, most
         members = self.members()
-        shares = members / jnp.maximum(self.counts(), 1)[:, None].astype(gram.dtype)
+        shares = jnp.where(members, self.shares().astype(gram.dtype)[:, None], 0)
         # A slice that is not finite reaches its own task alone.
         failed = ~jnp.isfinite(most)
-        gram = jnp.where(failed[:, None] | failed, 0, gram)
+        gram = jnp.where(failed[:, None] | failed[None], 0, gram)
         gram = jnp.linalg.multi_dot([shares, gram, shares.T], precision=lax.Precision.HIGHEST)
-        bad = jnp.any(members & failed, axis=1)
-        most = jnp.sum(jnp.where(members & ~failed, shares * most, 0), axis=1)
-        return jnp.where(bad[:, None] | bad, jnp.nan, gram), most
+        bad = jnp.any(members & failed[None], axis=1)
+        most = jnp.sum(jnp.where(members & ~failed[None], shares * most[None], 0), axis=1)
+        return jnp.where(bad[:, None] | bad[None], jnp.nan, gram), most
 
     def usable(self, of_tasks: Bool[Array, " tasks"] | None) -> Bool[Array, " slices"] | None:
         """The slices that may be read."""
@@ -321,7 +324,7 @@ class Sliced(NamedTuple):
         _check_not_overwritten(selection)
         slices, k = self.slices, self.slices.num_tasks
         zeros = _passes.zeros_to_sum(jax.tree.leaves(params))
-        shares = 1 / jnp.maximum(slices.counts(), 1)
+        shares = slices.shares()
         args = jax.tree.map(replicated, self.args)
 
         def backward(index: Array) -> tuple[_passes.Pass, list[Array]]:

@@ -22,6 +22,7 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
+from tests.debugging import MODES
 from tests.elements import of_elements
 from tests.slow import rest_slow, rest_slow_of_several
 from tests.test_conformance import RULES as EVERY_RULE
@@ -40,7 +41,8 @@ def normal(*shape, scale=1.0):
 
 def dense(params, x):
     for name in ("first", "second"):
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
+        h = x @ params[name]["kernel"]
+        x = jnp.tanh(h + jnp.broadcast_to(params[name]["bias"], h.shape))
     return x @ params["last"]
 
 
@@ -696,3 +698,15 @@ def test_scales_that_a_gradient_overwrites_are_refused(measure):
     )
     with pytest.raises(ValueError, match="in_axes cannot serve"):
         made.value_and_grad(params, made.init(params), X, Y)
+
+
+@pytest.mark.parametrize("mode", rest_slow(MODES, ["strict_promotion"]))
+@pytest.mark.parametrize("measure", ["exact", "lagged"])
+def test_modes_of_jax(mode, measure):
+    """Nothing leans on an implicit promotion, makes a NaN, or leaks a tracer."""
+    loss_fn, params, batch = case("mlp")
+    rule = (cosine_rule if measure == "exact" else weighting.inverse_norm)(4)
+    expected = sliced(loss_fn, rule, params, *batch, ids=IDS, measure=measure)
+    with MODES[mode]():
+        found = sliced(loss_fn, rule, params, *batch, ids=IDS, measure=measure)
+    assert_alike(found, expected)
