@@ -87,7 +87,9 @@ def train(method: str, rate: jax.Array, key: jax.Array) -> Any:
     params, adam, arms = dense(begin, WIDTHS), optax.adam(rate), jnp.arange(ARMS)
     if method == SINGLE:
         params = jax.tree.map(lambda p: jnp.broadcast_to(p, (ARMS, *p.shape)), params)
-    balanced = balanced_value_and_grad(loss_fn, RULES.get(method, weighting.uniform)(ARMS), in_axes=0)
+    balanced = balanced_value_and_grad(
+        loss_fn, RULES.get(method, weighting.uniform)(ARMS), in_axes=0
+    )
     state = balanced.init(params)
 
     def step(carry: Any, key: jax.Array) -> Any:

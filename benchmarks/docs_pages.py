@@ -243,8 +243,8 @@ def slices() -> str:
                 rows.append((title, path, *cells))
     versions = document["versions"]
     return (
-        f"{document['machine']}; jax {versions['jax']}; TorchJD {versions['torchjd']}, whose engine and "
-        f"UPGrad stand beside `upgrad`, on PyTorch {versions['torch'].split('+')[0]}.\n\n"
+        f"{document['machine']}; jax {versions['jax']}; TorchJD {versions['torchjd']}, "
+        f"its engine and UPGrad beside `upgrad`, on PyTorch {versions['torch'].split('+')[0]}.\n\n"
         + table(("", "path", "ms", "time / plain", "memory / plain"), rows)
         + "\n"
     )
