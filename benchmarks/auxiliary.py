@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 
 def fixed(load: float, second: float) -> Method:
-    return Method(lambda: weighting.constant(3, weights=[1.0, load, second]))
+    return Method(lambda: weighting.constant(3, weights=jnp.array([1.0, load, second])))
 
 
 def relative(measure_on: Any = None, every: int = 1) -> Method:

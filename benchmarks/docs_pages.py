@@ -279,12 +279,23 @@ def control() -> str:
     return table(("", *COLUMNS), rows) + "\n"
 
 
+def auxiliary() -> str:
+    """A main loss with auxiliaries."""
+    from benchmarks.auxiliary import COLUMNS, cells
+
+    document = read("auxiliary")
+    times = document["times"]
+    rows = [(name, *cells(row, times.get(name))) for name, row in document["results"].items()]
+    return table(("", *COLUMNS), rows) + "\n"
+
+
 def tables() -> dict[str, dict[str, str]]:
     """What stands after each marker, by page."""
     return {
         "choose_a_path.md": {start(part.__name__): part() for part in (which, large_models)},
         "slices.md": {start(part.__name__): part() for part in (slices, slices_goals)},
         "instance_wise.md": {start("instance_wise"): instance_wise()},
+        "auxiliary_losses.md": {start("auxiliary"): auxiliary()},
         "control.md": {start("control"): control()},
         "published_experiment.md": {start("full_model"): full_model()},
         "benchmarks.md": {

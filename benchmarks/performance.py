@@ -1,7 +1,8 @@
 """The README's section on performance, and that of docs/benchmarks.md, from overhead and peers.
 
-``python -m benchmarks.performance`` writes both between their markers: a table of four paths, and
-one of all; and three sentences. The tables of PyTorch and of growth are benchmarks.docs_pages'.
+``python -m benchmarks.performance`` writes both between their markers: into the README a table of
+three paths, into the page one of all and three sentences. The tables of PyTorch and of growth are
+benchmarks.docs_pages'.
 """
 
 import json
@@ -14,7 +15,11 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 START, END = "<!-- made by benchmarks.performance -->\n", "<!-- end -->\n"
-SHORT = ("plain", "stacked", "exact", "encoder")  # paths in the README's table
+SHORT = ("stacked", "exact", "encoder")  # paths in the README's table
+WHICH = (
+    "`stacked` is `gaba()` on `task_value_and_grad`, `exact` is `balanced_value_and_grad`, and "
+    "`encoder` measures on features. "
+)
 FEWEST_ROUNDS = 5  # fewer are no measurement
 MODELS = {
     "mlp": "MLP",
@@ -48,7 +53,7 @@ def overhead(paths: Sequence[str]) -> str:
     where = f"{document['machine']}; jax {versions['jax']}, float32, batch 64"
     return (
         "Time of a train step over that of a step with fixed weights, in medians over interleaved "
-        f"rounds, and temporary memory likewise\n({where}; `python -m benchmarks.overhead`).\n\n"
+        f"rounds, and temporary memory likewise ({where}; `python -m benchmarks.overhead`).\n\n"
         + "\n".join(lines)
         + "\n"
     )
@@ -93,6 +98,8 @@ def short_runs() -> str:
 
 
 def section(paths: Sequence[str] = SHORT) -> str:
+    if paths == SHORT:
+        return f"{WHICH}{overhead(paths)}{short_runs()}"
     return f"{overhead(paths)}\n{of_many_tasks()} {beside_pytorch()}\n{short_runs()}"
 
 

@@ -21,7 +21,7 @@ author = "The gaba_jax authors"
 project_copyright = author
 version = release = version_of("gaba-jax")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 suppress_warnings = []
 
@@ -38,6 +38,14 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
+
+# Not of what is printed. Of the examples in the reference without prompts and output.
+copybutton_selector = ", ".join(
+    f"div.{kind} pre"
+    for kind in ("highlight-python", "highlight-bash", "highlight-default", "cell_input")
+)
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = "gaba_jax"

@@ -10,7 +10,6 @@ leave it.
 """
 
 import contextlib
-import doctest
 import fcntl
 import functools
 import json
@@ -30,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.lowering import collectives, deviation
 from gaba_jax import TaskMultiSteps, balanced_value_and_grad, gaba, task_value_and_grad, weighting
+from tests import pages
 from tests.elements import of_elements
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -105,10 +105,7 @@ def of_process(tmp_path_factory, name, *arguments):
 @functools.cache
 def page():
     """The names that the page defines: its code has run on these devices."""
-    code = doctest.DocTestParser().get_doctest((ROOT / PAGE).read_text(), {}, PAGE, PAGE, 0)
-    failed, _ = doctest.DocTestRunner().run(code, out=sys.stderr.write, clear_globs=False)
-    assert failed == 0
-    return code.globs
+    return pages.run(ROOT / PAGE)
 
 
 def init():

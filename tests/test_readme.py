@@ -50,6 +50,17 @@ def test_blocks_run_as_they_stand(number):
         assert balanced[0] < 1.2 * summed[0]
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 100
+    assert len(README.split()) <= 1000
+    table = README.split("## What there is\n")[1].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) == 10
+    for row in rows:
+        (link,) = re.findall(r"\]\(([^)#]+)", row)
+        assert (ROOT / link).is_file()
+
+
 def test_ci_runs_the_commands():
     script = (ROOT / ".ci" / "run").read_text()
     commands = [
@@ -72,7 +83,7 @@ def test_ci_runs_the_commands():
 
 
 def test_every_name_in_the_table_exists():
-    table = README.split("## What there is")[1].split("\n\n")[1]
+    table = README.split("## What there is\n")[1].split("\n\n")[0]
     names = [
         name
         for row in table.splitlines()[2:]
