@@ -8,7 +8,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import lax
+from jax import export, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from gaba_jax import (
@@ -710,3 +710,19 @@ def test_modes_of_jax(mode, measure):
     with MODES[mode]():
         found = sliced(loss_fn, rule, params, *batch, ids=IDS, measure=measure)
     assert_alike(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measure", ["exact", "lagged"])
+def test_it_lowers_for_accelerators(measure):
+    loss_fn, params, batch = case("attention")
+    rule = (cosine_rule if measure == "exact" else weighting.inverse_norm)(4)
+    balanced = balanced_value_and_grad(loss_fn, rule, in_axes=0, measure=measure)
+    state = balanced.init(params)
+
+    def step(params, state, ids, *batch):
+        return balanced.value_and_grad(params, state, *batch, task_ids=ids)
+
+    for platform in ("tpu", "cuda"):
+        exported = export.export(jax.jit(step), platforms=[platform])(params, state, IDS, *batch)
+        assert "callback" not in exported.mlir_module()
