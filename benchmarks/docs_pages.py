@@ -279,6 +279,20 @@ def control() -> str:
     return table(("", *COLUMNS), rows) + "\n"
 
 
+def control_updates() -> str:
+    """Actor-critic updates."""
+    from benchmarks.control import update_cells
+
+    document = read("control")
+    columns = [f"{what}, K = {k}" for k in document["updates"] for what in ("ms", "time", "memory")]
+    first = next(iter(document["updates"].values()))
+    rows = [
+        (path, *(cell for of in document["updates"].values() for cell in update_cells(of[path])))
+        for path in first
+    ]
+    return where(document) + table(("", *columns), rows) + "\n"
+
+
 def auxiliary() -> str:
     """A main loss with auxiliaries."""
     from benchmarks.auxiliary import COLUMNS, cells
@@ -296,7 +310,7 @@ def tables() -> dict[str, dict[str, str]]:
         "slices.md": {start(part.__name__): part() for part in (slices, slices_goals)},
         "instance_wise.md": {start("instance_wise"): instance_wise()},
         "auxiliary_losses.md": {start("auxiliary"): auxiliary()},
-        "control.md": {start("control"): control()},
+        "control.md": {start(part.__name__): part() for part in (control, control_updates)},
         "published_experiment.md": {start("full_model"): full_model()},
         "benchmarks.md": {
             start(part.__name__): part()

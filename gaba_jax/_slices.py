@@ -187,7 +187,7 @@ class Sliced(NamedTuple):
         if reads is None and not apart and self.slices.ids is None and self._is_linear(params):
             run = _passes.whole(self._losses, params, self.has_aux)
             return run.losses, run.aux, pulled(run, nothing, selection)
-        losses, aux, leaves = self.backward(params)
+        losses, aux, leaves = self.backward(params, reads is not None and reads.cosines)
         return (
             self.slices.means(losses),
             aux,
@@ -206,13 +206,13 @@ class Sliced(NamedTuple):
         number = jnp.arange(self.slices.number)
         return lax.map(lambda i: one(*self.slices.take(self.args, i)), number)
 
-    def backward(self, params: Any) -> tuple[Array, Any, list[Leaf]]:
+    def backward(self, params: Any, with_cosines: bool) -> tuple[Array, Any, list[Leaf]]:
         """Losses [N], aux [N, ...] and the gradients of the tasks, from one backward pass."""
         forms: list[Any] = []
 
         def one(*slice_: Any) -> tuple[Array, Any, list[Any]]:
             run = self._forward(params, *slice_)
-            forms[:], values = _factors(run)
+            forms[:], values = _factors(run, with_cosines)
             return run.losses[0], run.aux, values
 
         losses, aux, values = self.slices.map(one, *self.args)
@@ -384,7 +384,7 @@ def _check_not_overwritten(selection: Selection) -> None:
         )
 
 
-def _factors(run: _passes.Pass) -> tuple[list[Any], list[Any]]:
+def _factors(run: _passes.Pass, with_cosines: bool) -> tuple[list[Any], list[Any]]:
     """Per leaf of one slice's gradient its form, and its factors; None and the leaf, if whole.
 
     A leaf that has no gradient is None.
@@ -396,7 +396,9 @@ def _factors(run: _passes.Pass) -> tuple[list[Any], list[Any]]:
     from gaba_jax import _products
 
     reached = [leaf if program.tasks(leaf) else None for leaf in program.leaves]
-    forms = [None if leaf is None else _products.form_of(program, leaf) for leaf in reached]
+    forms = [
+        None if leaf is None else _products.form_of(program, leaf, with_cosines) for leaf in reached
+    ]
     terms = [term for form in forms if form is not None for term in form.terms]
     whole = [
         leaf for leaf, form in zip(reached, forms, strict=True) if leaf is not None and not form
