@@ -32,11 +32,21 @@ SEEDS = 3
 RATES = (1e-3, 10**-2.5, 1e-2)  # of Adam, at the start
 CHECKS = 20  # errors are taken so often in a run
 FIXED = "fixed"
+
+
+def averaged(rule: Weighting, beta: float = 0.99) -> Weighting:
+    """The weights of a rule without memory, averaged from their initial ones; any sum."""
+
+    def update(stats: Any, average: Any) -> tuple[jax.Array, jax.Array]:
+        average = beta * average + (1 - beta) * rule.update(stats, rule.init())[0]
+        return average, average
+
+    return rule._replace(init=lambda: jnp.asarray(rule.initial_weights, jnp.float32), update=update)
+
+
 RULES: dict[str, Callable[[int], Weighting]] = {
     FIXED: weighting.uniform,
-    "jaxpi, gradient norms": lambda k: weighting.stabilize(
-        weighting.inverse_norm(k, total=None), beta=0.9, warmup_steps=0, min_weight=0.0
-    ),
+    "jaxpi, gradient norms": lambda k: averaged(weighting.inverse_norm(k, scale="mean")),
     "jaxpi, ntk": weighting.ntk,
     "soft_adapt": weighting.soft_adapt,
     "relobralo": weighting.relobralo,

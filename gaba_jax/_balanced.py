@@ -108,8 +108,11 @@ def balanced_value_and_grad(
         leave are within 2x of each other in the median (``benchmarks.encoder``). ``shared`` and
         ``measure_on`` do not matter to it.
       every: measure at the first and then every n-th update, default 1. In between the weights
-        are held, at the cost of a plain step. Averages keep their time constant in updates. Where
-        tasks are kept apart (a ``task_mask``, ``nonfinite="drop"``), or the backward pass is not
+        are held, at the cost of a plain step. Averages keep their time constant in updates: the
+        ``beta`` of a rule is a decay per update, and a measurement n updates after the last one
+        keeps ``beta**n`` of the average. With ``every=1000`` a ``beta`` of 0.9 keeps nothing. A
+        code that keeps 0.9 at every measurement has ``beta=0.9 ** (1 / 1000)`` here. Where tasks
+        are kept apart (a ``task_mask``, ``nonfinite="drop"``), or the backward pass is not
         linear (a gradient clipped inside the model), a held update passes backward per task too.
       microbatch_size: run the batch in parts of this size, with the activations of one part in
         memory; the losses must be means over the batch. Norms are those of the mean gradient. All

@@ -83,6 +83,30 @@ def test_priorities_are_the_ratio_of_contributions(weigh, rule):
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_inverse_norm_to_the_mean(weigh, power):
+    """Each contribution is the mean norm at power 1; the sum is free, and equal norms weigh 1."""
+    norms, priorities = np.array([300.0, 0.7, 9.0]), np.array([3.0, 1.0, 2.0])
+    rule = weighting.inverse_norm(3, power=power, scale="mean")
+    np.testing.assert_allclose(weigh(rule, norms)[0], (norms.mean() / norms) ** power, rtol=1e-5)
+    np.testing.assert_array_equal(weigh(rule, [2.0] * 3)[0], rule.initial_weights)
+    wanted = weighting.inverse_norm(3, power=power, scale="mean", task_priorities=priorities)
+    expected = (norms.mean() / norms) ** power * priorities / 2
+    np.testing.assert_allclose(weigh(wanted, norms)[0], expected, rtol=1e-5)
+    present = jnp.array([True, True, False])
+    two = [300.0, 0.7, 0.0]
+    expected = [*(np.mean(two[:2]) / np.array(two[:2])) ** power, 0]
+    np.testing.assert_allclose(weigh(rule, two, present=present)[0], expected, rtol=1e-5)
+
+
+def test_inverse_norm_to_the_mean_at_the_edges(weigh):
+    rule = weighting.inverse_norm(3, scale="mean")
+    np.testing.assert_allclose(weigh(rule, [3.0, 0.0, 3.0])[0], [2 / 3, 1, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(weigh(rule, [0.0] * 3)[0], 1)
+    weights = weigh(rule, [3e38, 3e38, 1e-38])[0]
+    assert np.all(np.isfinite(weights) & (weights > 0))
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_absent_tasks_do_not_count(weigh, rule):
     present = jnp.array([True, False, True])
@@ -148,6 +172,7 @@ def test_rescaled_leaves_a_sum_of_zero_alone(weigh):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: weighting.inverse_norm(2, scale="sum"), "scale='sum' must be"),
         (lambda: weighting.uniform(0), "num_tasks=0 must be at least 1"),
         (lambda: weighting.uniform(2.0), "integer, got 2.0"),
         (lambda: weighting.uniform(jnp.int32(2)), "static_args"),
