@@ -33,9 +33,11 @@ from gaba_jax.weighting._imtl_g import imtl_g
 from gaba_jax.weighting._imtl_l import imtl_l
 from gaba_jax.weighting._inverse_norm import inverse_norm
 from gaba_jax.weighting._inverse_share import inverse_share
+from gaba_jax.weighting._krum import krum
 from gaba_jax.weighting._mgda import mgda
 from gaba_jax.weighting._nash_mtl import nash_mtl
 from gaba_jax.weighting._normalized import normalized
+from gaba_jax.weighting._pcd import PcdState, pcd
 from gaba_jax.weighting._pcgrad import pcgrad
 from gaba_jax.weighting._proportional_integral import (
     ProportionalIntegralState,
@@ -58,6 +60,7 @@ __all__ = [
     "GradVacState",
     "HoldAfterState",
     "NormAverageState",
+    "PcdState",
     "ProportionalIntegralState",
     "RandomState",
     "SolverState",
@@ -85,11 +88,13 @@ __all__ = [
     "imtl_l",
     "inverse_norm",
     "inverse_share",
+    "krum",
     "max_abs",
     "mean_abs",
     "mgda",
     "nash_mtl",
     "normalized",
+    "pcd",
     "pcgrad",
     "proportional_integral",
     "random",
