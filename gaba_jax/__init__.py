@@ -36,6 +36,7 @@ from importlib.metadata import version
 
 from gaba_jax import controller, monitor, weighting
 from gaba_jax._accumulate import TaskMultiSteps
+from gaba_jax._aggregators import grad_drop, trimmed_mean
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._diagnose import diagnose
 from gaba_jax._diagnosis import Diagnosis
@@ -66,11 +67,13 @@ __all__ = [
     "example_norms",
     "exclude",
     "gaba",
+    "grad_drop",
     "gradnorm",
     "monitor",
     "only",
     "per_task",
     "task_names",
     "task_value_and_grad",
+    "trimmed_mean",
     "weighting",
 ]

@@ -156,10 +156,15 @@ def select(
                 f"{shared=} and {measure_on=} have no leaf in common, so there is nothing to "
                 f"measure. The paths are: {', '.join(paths)}"
             )
-    over = tuple(OVERWRITTEN in path.split(".") for path in paths)
+    over = tuple(map(is_overwritten, paths))
     measure_mask = _without(over, measure_mask)
     shared_mask = None if shared_mask is None else _without(over, shared_mask)
     return Selection(shared_mask, measure_mask, weight_task_specific, over)
+
+
+def is_overwritten(path: str) -> bool:
+    """Whether the leaf of this name holds new values in place of a gradient."""
+    return OVERWRITTEN in path.split(".")
 
 
 def _without(over: tuple[bool, ...], mask: tuple[bool, ...]) -> tuple[bool, ...]:
