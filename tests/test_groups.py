@@ -65,7 +65,7 @@ def run(tx, params, grads):
     return jax.jit(lambda: jax.lax.scan(step, tx.init(params), grads)[1])()
 
 
-@pytest.mark.parametrize("rule", rest_slow(RULES, fast=["norms", "cosines", "losses"]))
+@pytest.mark.parametrize("rule", rest_slow(RULES, fast=["cosines", "losses"]))
 def test_each_group_is_a_model_of_its_own(rule):
     grads, names = gradients(), group_names(PARAMS)
     updates, states = run(by_group(RULES[rule]()), PARAMS, grads)
@@ -94,7 +94,7 @@ def test_names():
     assert group_names(PARAMS, by_kind) == ["others", "kernels"]  # in the order of the leaves
     grads = at(gradients(), 0)
     tx = by_group(weighting.inverse_norm(K), by_kind)
-    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    _, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
     norms = [
         np.linalg.norm(grads["first"]["bias"], axis=1),
         np.hypot(
@@ -105,13 +105,13 @@ def test_names():
     np.testing.assert_allclose(state.task_norms, norms, rtol=1e-5)
     prefix = by_group(weighting.inverse_norm(K), lambda params: "all")
     one = balance(weighting.inverse_norm(K))
-    expected, _ = one.update(grads, one.init(PARAMS))
-    chex.assert_trees_all_close(prefix.update(grads, prefix.init(PARAMS))[0], expected, rtol=1e-5)
+    actual, expected = (jax.jit(t.update)(grads, t.init(PARAMS))[0] for t in (prefix, one))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
 
 def test_metrics_per_group():
     tx = optax.chain(by_group(weighting.upgrad(K)), optax.adam(1e-3))
-    _, state = tx.update(at(gradients(), 0), tx.init(PARAMS), PARAMS)
+    _, state = jax.jit(tx.update)(at(gradients(), 0), tx.init(PARAMS), PARAMS)
     metrics = balance_metrics(state, ["a", "b", "c"], group_names(PARAMS))
     weights, norms = state[0].task_weights, state[0].task_norms
     assert metrics["first/weight/b"] == weights[0, 1]

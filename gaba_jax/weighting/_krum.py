@@ -22,7 +22,8 @@ def krum(num_tasks: int, *, num_byzantine: int = 1, num_selected: int = 1) -> We
     norms and cosines.
 
     When not to use it: to balance tasks that differ on purpose, since it follows those that agree.
-    A task that is not selected has weight 0, and so has its head. For outliers in single
+    A task that is not selected has weight 0, and so has its head, unless
+    :func:`gaba_jax.balance` has ``weight_task_specific=False``. For outliers in single
     coordinates there is :func:`gaba_jax.trimmed_mean`.
 
     Args:

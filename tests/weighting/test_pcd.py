@@ -144,10 +144,10 @@ def test_it_runs_in_balance_with_heads_of_their_own():
     )
     grads = {"trunk": jnp.array([[1.0, 1.0], [0.0, 2.0]]), "head": jnp.array([[5.0], [0.0]])}
     params = {"trunk": jnp.zeros(2), "head": jnp.zeros(1)}
-    updates, state = tx.update(grads, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     np.testing.assert_allclose(state.task_weights, [0, 1], atol=1e-6)
     np.testing.assert_allclose(updates["head"], [0], atol=1e-6)
-    updates, _ = plain.update(grads, plain.init(params), params)
+    updates, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     np.testing.assert_array_equal(updates["head"], [5])
 
 
