@@ -44,8 +44,8 @@ def pcd(num_tasks: int, *, primary: int = 0, tau: Number = 0.02, beta: Number = 
     In terms of the unit gradients' Gramian C it is a quadratic program with one variable per
     secondary task, solved in the cosines. Where no direction meets all constraints they are
     dropped, and the update is the primary gradient: secondary gradients within 0.1 degrees of
-    opposite count as opposite, since float32 does not tell. Where a secondary gradient opposes the primary
-    one, the constraint wins: the primary loss may then rise to first order.
+    opposite count as opposite, since float32 does not tell. Where a secondary gradient
+    opposes the primary one, the constraint wins: the primary loss may then rise to first order.
 
     When not to use it: where no task comes first. A secondary task whose constraint does not bind
     has weight 0, and so has its head: give :func:`gaba_jax.balance` ``shared=exclude("*_head")``

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 
 from gaba_jax import balance, weighting
-from tests.weighting.test_gramian import measured
+from tests.weighting.test_gramian import jacobians, measured
 
 JACOBIAN = np.array(
     [[1.0, 2, 0], [1.1, 2, 0.2], [0.9, 2.2, 0], [-30, 40, 5], [1.3, 1.8, -0.4], [2, 2, 2]]
@@ -98,6 +99,14 @@ def test_the_update_in_balance():
     grads = jnp.asarray(JACOBIAN, jnp.float32)
     updates, _ = jax.jit(tx.update)(grads, tx.init(jnp.zeros(3)))
     np.testing.assert_allclose(updates, JACOBIAN[:2].mean(axis=0), rtol=1e-6)
+
+
+@pytest.mark.slow
+@given(jacobian=jacobians())
+def test_gradients_of_any_rank_and_scale(jacobian):
+    weights = solve(jacobian, num_selected=2)
+    np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-6)
+    assert set(weights) <= ({0.0, 0.5} if np.any(jacobian) else {np.float32(1 / len(jacobian))})
 
 
 @pytest.mark.parametrize(

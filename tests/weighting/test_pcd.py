@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 
 from gaba_jax import balance, weighting
 from tests.slow import rest_slow
-from tests.weighting.test_gramian import measured, relative_error
+from tests.weighting.test_gramian import jacobians, measured, relative_error
 
 FIRST = np.array([[3.0, 4, 0, 1], [-100, 0, 50, 10], [0.2, -0.5, 0.1, 0.3]])
 SECOND = np.array([[1.0, -1, 2, 0], [30, 40, 0, -5], [-0.3, 0.1, -0.6, 0.2]])
@@ -149,6 +150,18 @@ def test_it_runs_in_balance_with_heads_of_their_own():
     np.testing.assert_allclose(updates["head"], [0], atol=1e-6)
     updates, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     np.testing.assert_array_equal(updates["head"], [5])
+
+
+@pytest.mark.slow
+@given(jacobian=jacobians())
+def test_gradients_of_any_rank_and_scale(jacobian):
+    """Finite, not negative, and of the primary gradient's length or nothing."""
+    weights = solve(jacobian)
+    assert np.all(np.isfinite(weights))
+    assert np.all(weights >= 0)
+    length, primary = np.linalg.norm(weights @ jacobian), np.linalg.norm(jacobian[0])
+    sizes = weights @ np.linalg.norm(jacobian, axis=1)
+    assert length == pytest.approx(primary, abs=1e-3 * sizes) or np.all(weights == 0)
 
 
 @pytest.mark.parametrize(
