@@ -184,7 +184,8 @@ class Sliced(NamedTuple):
         if self.encoder is not None:
             return self._behind_encoder(params, selection)
         # A slice of no task is kept out like a task that is absent.
-        if reads is None and not apart and self.slices.ids is None and self._is_linear(params):
+        plain = reads is None and not apart and selection.groups is None
+        if plain and self.slices.ids is None and self._is_linear(params):
             run = _passes.whole(self._losses, params, self.has_aux)
             return run.losses, run.aux, pulled(run, nothing, selection)
         losses, aux, leaves = self.backward(params, reads is not None and reads.cosines)

@@ -18,7 +18,11 @@ _ROUNDING = 1e-6  # of a weight that is set to its floor in float32
 
 
 def balance_metrics(
-    opt_state: Any, task_names: Sequence[str] | None = None, *, min_weight: float = 0.0
+    opt_state: Any,
+    task_names: Sequence[str] | None = None,
+    group_names: Sequence[str] | None = None,
+    *,
+    min_weight: float = 0.0,
 ) -> dict[str, float | int | Num[Array, ""]]:
     r"""Weights, norms, contributions and cosines of the last update, per task and in sum.
 
@@ -39,6 +43,9 @@ def balance_metrics(
       opt_state: any pytree that holds a :class:`gaba_jax.BalanceState`, found by its type. Where
         it holds several, their keys are prefixed by the path, as in ``"0/weight/rul"``.
       task_names: K names, default the positions; see :func:`gaba_jax.task_names`.
+      group_names: where weights are per group of parameters (:func:`gaba_jax.by_group`), G names to
+        prefix the keys with, as in ``"encoder/weight/rul"``; default the positions; see
+        :func:`gaba_jax.group_names`.
       min_weight: what ``at_bound`` compares with, default 0; the ``min_weight`` of
         :func:`gaba_jax.gaba` or :func:`gaba_jax.weighting.stabilize`, if the rule has one. Under
         the floor "renormalize" clamped weights end a little below it, and count.
@@ -48,8 +55,8 @@ def balance_metrics(
       (shape []).
 
     Raises:
-      ValueError: there is no BalanceState, the number of names is not K, or ``min_weight`` is
-        negative.
+      ValueError: there is no BalanceState, the number of names is not K or not G, or ``min_weight``
+        is negative.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -79,22 +86,42 @@ def balance_metrics(
     for path, state in found:
         prefix = path_name(path).replace(".", "/") + "/" if len(found) > 1 else ""
         # Inside an nnx.Optimizer the fields are variables.
-        cosines = None if state.task_cosines is None else jnp.asarray(state.task_cosines)
-        of_state = task_metrics(
-            jnp.asarray(state.task_weights),
-            jnp.asarray(state.task_norms),
-            task_names,
-            task_cosines=cosines,
-        )
-        of_state["nonfinite_count"] = jnp.asarray(state.nonfinite_count)
-        of_state["since_measured"] = jnp.asarray(state.since_measured)
-        # Those before tasks were left out: an absent task has weight 0 for this update alone.
-        kept = jnp.abs(jnp.asarray(state.next_task_weights))
-        of_state["at_bound"] = jnp.any(kept <= min_weight * (1 + _ROUNDING)).astype(jnp.int32)
-        metrics |= {prefix + key: value for key, value in of_state.items()}
+        read = ("task_weights", "next_task_weights", "task_norms", "task_cosines")
+        read = (*read, "nonfinite_count", "since_measured")
+        fields = {name: getattr(state, name) for name in read}
+        values = {name: jnp.asarray(x) for name, x in fields.items() if x is not None}
+        for group, of_group in _groups(values, group_names):
+            cosines = of_group.get("task_cosines")
+            weights, norms = of_group["task_weights"], of_group["task_norms"]
+            of_state = task_metrics(weights, norms, task_names, task_cosines=cosines)
+            of_state |= {name: of_group[name] for name in ("nonfinite_count", "since_measured")}
+            # Those before tasks were left out: an absent task has weight 0 for this update alone.
+            kept = jnp.abs(of_group["next_task_weights"])
+            of_state["at_bound"] = jnp.any(kept <= min_weight * (1 + _ROUNDING)).astype(jnp.int32)
+            metrics |= {prefix + group + key: value for key, value in of_state.items()}
     if any(isinstance(value, Tracer) for value in metrics.values()):
         return dict(metrics)
     return {key: value.item() for key, value in jax.device_get(metrics).items()}
+
+
+def _groups(
+    values: dict[str, Array], group_names: Sequence[str] | None
+) -> list[tuple[str, dict[str, Array]]]:
+    """(prefix, fields) of each group; the fields as they are, without a prefix, if there is one."""
+    weights = values["task_weights"]
+    if weights.ndim == 1:
+        return [("", values)]
+    number = len(weights)
+    names = [str(i) for i in range(number)] if group_names is None else list(group_names)
+    if len(names) != number or len(set(names)) != number:
+        raise ValueError(
+            f"group_names must be {number} different names, one per group of parameters; got "
+            f"{names}. group_names(params, groups) gives them."
+        )
+    return [
+        (name.replace(".", "/") + "/", {key: value[i] for key, value in values.items()})
+        for i, name in enumerate(names)
+    ]
 
 
 def task_metrics(

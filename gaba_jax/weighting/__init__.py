@@ -34,11 +34,13 @@ from gaba_jax.weighting._imtl_l import imtl_l
 from gaba_jax.weighting._inverse_dirichlet import inverse_dirichlet
 from gaba_jax.weighting._inverse_norm import inverse_norm
 from gaba_jax.weighting._inverse_share import inverse_share
+from gaba_jax.weighting._krum import krum
 from gaba_jax.weighting._lr_annealing import AnnealedState, lr_annealing
 from gaba_jax.weighting._mgda import mgda
 from gaba_jax.weighting._nash_mtl import nash_mtl
 from gaba_jax.weighting._normalized import normalized
 from gaba_jax.weighting._ntk import NtkState, ntk
+from gaba_jax.weighting._pcd import PcdState, pcd
 from gaba_jax.weighting._pcgrad import pcgrad
 from gaba_jax.weighting._proportional_integral import (
     ProportionalIntegralState,
@@ -65,6 +67,7 @@ __all__ = [
     "HoldAfterState",
     "NormAverageState",
     "NtkState",
+    "PcdState",
     "ProportionalIntegralState",
     "RandomState",
     "RelobraloState",
@@ -95,6 +98,7 @@ __all__ = [
     "inverse_dirichlet",
     "inverse_norm",
     "inverse_share",
+    "krum",
     "lr_annealing",
     "max_abs",
     "mean_abs",
@@ -102,6 +106,7 @@ __all__ = [
     "nash_mtl",
     "normalized",
     "ntk",
+    "pcd",
     "pcgrad",
     "proportional_integral",
     "random",

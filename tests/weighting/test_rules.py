@@ -27,6 +27,22 @@ def contribution_ratio(weights, norms):
     return contributions.max() / contributions.min()
 
 
+def test_constant_knows_its_number_of_tasks(weigh):
+    """And takes it, as before, in every way in which it can be given."""
+    wanted = np.float32([3.0, -1.0, 0.5])
+    for rule in (
+        weighting.constant(wanted),
+        weighting.constant(weights=wanted),
+        weighting.constant(3, wanted),
+        weighting.constant(3, weights=wanted),
+        weighting.constant(num_tasks=3, weights=wanted),
+        weighting.constant(jnp.asarray(wanted)),
+    ):
+        assert rule.num_tasks == 3
+        np.testing.assert_array_equal(rule.initial_weights, wanted)
+        np.testing.assert_array_equal(weigh(rule, [1, 1, 1])[0], wanted)
+
+
 def test_published_numbers(weigh):
     norms = np.array([5, 0.01])
     (closed,) = weigh(weighting.inverse_share(2), norms)
@@ -185,6 +201,12 @@ def test_rescaled_leaves_a_sum_of_zero_alone(weigh):
         (lambda: weighting.inverse_share(2, task_priorities=[1.0, 0.0]), "positive and finite"),
         (lambda: weighting.constant(2, [1.0]), r"weights must have shape \(2,\)"),
         (lambda: weighting.constant(2, [1.0, np.nan]), "finite"),
+        (lambda: weighting.constant(3), r"weights must be a vector.*got shape \(\)"),
+        (lambda: weighting.constant([]), r"weights must be a vector.*got shape \(0,\)"),
+        (lambda: weighting.constant([1.0], num_tasks=2), r"weights must have shape \(2,\)"),
+        (lambda: weighting.constant(), "constant takes the weights"),
+        (lambda: weighting.constant(2, [1.0, 2.0], num_tasks=2), "constant takes the weights"),
+        (lambda: weighting.constant(2.0, [1.0, 2.0]), r"num_tasks must be an integer, got 2.0"),
         (lambda: weighting.rescaled(weighting.uniform(2), 0.0), "total=0.0"),
         (lambda: weighting.rescaled(weighting.uniform, 1.0), "Call the rule first"),
     ],
