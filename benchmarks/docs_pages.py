@@ -303,6 +303,41 @@ def auxiliary() -> str:
     return table(("", *COLUMNS), rows) + "\n"
 
 
+def physics() -> str:
+    """Physics-informed networks: every rule on every problem."""
+    from benchmarks.physics import FIXED, RULES, at_equal_time
+
+    results = read("physics")["results"]
+    rows = []
+    for method in RULES:
+        cells, times = [], []
+        for result in results.values():
+            of, time = result["adam"][method], result["times"][method]
+            final = statistics.mean(row[0] for row in of["errors"][-1])
+            timed = statistics.mean(at_equal_time(of, time))
+            cells.append(f"{final:.2g}, {timed:.2g}")
+            times.append(time)
+        step = "1" if method == FIXED else f"{min(times):.2f} to {max(times):.2f}"
+        rows.append((method, *cells, step))
+    head = ("relative L2 error, at equal steps and equal time", *results, "step / fixed")
+    return table(head, rows) + "\n"
+
+
+def preconditioned() -> str:
+    """The same with other optimizers."""
+    results = read("physics")["results"]
+    rows = []
+    for optimizer in ("adam", "muon", "lbfgs"):
+        for method in ("fixed", "equalize"):
+            cells = []
+            for result in results.values():
+                of = result[optimizer][method]
+                last = of if optimizer == "lbfgs" else [row[0] for row in of["errors"][-1]]
+                cells.append(f"{statistics.mean(last):.2g}")
+            rows.append((f"{optimizer}, {method}", *cells))
+    return table(("relative L2 error", *results), rows) + "\n"
+
+
 def tables() -> dict[str, dict[str, str]]:
     """What stands after each marker, by page."""
     return {

@@ -29,7 +29,9 @@ from gaba_jax.weighting import Weighting
 
 RESULT = Path(__file__).with_suffix(".json")
 SEEDS = 3
-RATES = (1e-3, 10**-2.5, 1e-2)  # of Adam, at the start
+STEPS = 5000
+RATES = (10**-2.5, 1e-2, 10**-1.5)  # of Adam, at the start
+LBFGS_STEPS = 2000
 CHECKS = 20  # errors are taken so often in a run
 FIXED = "fixed"
 
@@ -188,7 +190,7 @@ def make_run(problem: Problem, rule: Weighting, steps: int, optimizer: str = "ad
 def measure(problem: Problem, rule: Weighting, steps: int, optimizer: str = "adam") -> Any:
     """Errors on test points [CHECKS, SEEDS, M] at the best rate, and that rate."""
     run = make_run(problem, rule, steps, optimizer)
-    rates = tuple(10 * rate for rate in RATES) if optimizer == "muon" else RATES
+    rates = tuple(3 * rate for rate in RATES) if optimizer == "muon" else RATES
     seeds, of_runs = np.meshgrid(np.arange(SEEDS), np.asarray(rates, np.float32))
     errors = jax.jit(jax.vmap(run))(jnp.asarray(seeds.ravel()), jnp.asarray(of_runs.ravel()))
     errors = np.asarray(errors).reshape(len(rates), SEEDS, CHECKS, 2, -1)
@@ -282,12 +284,12 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main(only: str = "", steps: int | None = None, times: bool = True, out: Path = RESULT) -> None:
+def main(only: str = "", steps: int = STEPS, times: bool = True, out: Path = RESULT) -> None:
     """Measures what is not there yet, and writes.
 
     Args:
       only: the one problem to run; default all of them.
-      steps: of a run; default those of the problem.
+      steps: of a run.
       times: whether to time the steps of problems that have no times yet.
       out: the JSON to write.
     """
@@ -296,7 +298,6 @@ def main(only: str = "", steps: int | None = None, times: bool = True, out: Path
         if only not in ("", name):
             continue
         problem, result = make(), results.setdefault(name, {"adam": {}, "muon": {}, "lbfgs": {}})
-        total = steps or problem.steps
         k = len(problem.tasks)
 
         def save() -> None:
@@ -306,18 +307,18 @@ def main(only: str = "", steps: int | None = None, times: bool = True, out: Path
 
         for method, make_rule in RULES.items():
             if method not in result["adam"]:
-                result["adam"][method] = measure(problem, make_rule(k), total)
+                result["adam"][method] = measure(problem, make_rule(k), steps)
                 print(
                     name, method, np.mean(result["adam"][method]["errors"][-1], axis=0), flush=True
                 )
                 save()
         for method in (FIXED, "equalize"):
             if method not in result["muon"]:
-                result["muon"][method] = measure(problem, RULES[method](k), total, "muon")
+                result["muon"][method] = measure(problem, RULES[method](k), steps, "muon")
                 save()
             if method not in result["lbfgs"]:
                 rule = None if method == FIXED else RULES[method](k)
-                result["lbfgs"][method] = lbfgs(problem, rule, total, 100)
+                result["lbfgs"][method] = lbfgs(problem, rule, min(steps, LBFGS_STEPS), 100)
                 save()
         if times and "times" not in result:
             result["times"] = step_times(problem)
