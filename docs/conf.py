@@ -15,6 +15,7 @@ DOCS = Path(__file__).parent
 NOTEBOOKS = DOCS / "notebooks"  # copies of ../notebooks, while a build runs
 PAGES = "https://github.com/gaba-jax/gaba_jax/blob/main/docs/"  # as notebooks link them
 WIDE = 560  # pixels: a picture of more is not made smaller than that
+PANELS = {"images/balance.png", "images/tutorial.png"}  # three side by side: one by one on a phone
 
 project = "gaba_jax"
 author = "The gaba_jax authors"
@@ -143,8 +144,8 @@ def init_signature(app, what: str, name: str, obj, options, signature: str, retu
 def tidy(app, doctree) -> None:
     """What is the same on all pages: code, pictures, and links of notebooks to pages.
 
-    Drops the empty line that ends a doctest's block, and pictures from elsewhere; wide pictures get
-    the class ``wide``.
+    Drops the empty line that ends a doctest's block, and pictures from elsewhere. Wide pictures get
+    the class ``wide``; those of three panels are there a second time, as three.
     """
     from docutils import nodes
     from sphinx.util.images import get_image_size
@@ -158,6 +159,14 @@ def tidy(app, doctree) -> None:
             image.replace_self(nodes.Text(image.get("alt", "")))
             continue
         image.setdefault("alt", "What the code above draws.")
+        if image["uri"] in PANELS:
+            for place in ("left", "middle", "right"):
+                panel = image.deepcopy()
+                panel["classes"] = ["panel", place]
+                panel["alt"] = f"{image['alt']}: the {place} panel"
+                image.parent.insert(image.parent.index(image), panel)
+            image["classes"].append("panels")
+            continue
         size = get_image_size(app.srcdir / image["uri"])
         if size is None or size[0] > WIDE:  # a drawing without a size is as wide as the page
             image["classes"].append("wide")

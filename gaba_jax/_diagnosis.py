@@ -12,6 +12,7 @@ from gaba_jax import controller
 from gaba_jax._statistics import largest_to_smallest
 
 _WIDTH = 80
+_LEAST_WIDTH = 60
 _LEAST_RATIO = 10  # a convention: from here on a task counts as drowned
 _LEAST_BATCHES = 5  # with fewer the interval of a cosine says little
 _CONFLICT = -0.1  # a cosine nearer to 0 changes little
@@ -166,11 +167,12 @@ class Diagnosis(NamedTuple):
             "lifts its norm and draws its cosines to 0."
         ]
 
-    def table(self, *, leaves: bool = False) -> str:
-        """The findings as text, at most 80 columns wide.
+    def table(self, *, leaves: bool = False, width: int = _WIDTH) -> str:
+        """The findings as text.
 
         Args:
           leaves: with a line per parameter leaf, default False.
+          width: columns that no line goes beyond, default 80, at least 60.
 
         Returns:
           Lines of text; names that are too long are shortened in the middle.
@@ -186,21 +188,23 @@ class Diagnosis(NamedTuple):
         )
         if self.nonfinite_count:
             about += f"; {self.nonfinite_count} more left out: a gradient was not finite"
-        parts = [_wrapped(about)]
+        width = max(width, _LEAST_WIDTH)
+        parts = [_wrapped(about, width)]
         if self.measured.any():
-            parts += [self._tasks(), self._ratio(), self._cosines()]
+            parts += [self._tasks(width), self._ratio(width), self._cosines(width)]
         if leaves:
-            parts.append(self._leaves())
-        advice = [_wrapped(f"Recommendation: {self.recommendation}")]
+            parts.append(self._leaves(width))
+        advice = [_wrapped(f"Recommendation: {self.recommendation}", width)]
         why, *more = self.reasons
-        advice += [_wrapped(f"Why: {why}"), *(_wrapped(each, "- ", "  ") for each in more)]
+        advice += [_wrapped(f"Why: {why}", width)]
+        advice += [_wrapped(each, width, "- ", "  ") for each in more]
         return "\n\n".join([*parts, "\n".join(advice)])
 
     def __str__(self) -> str:
         """The table without the leaves."""
         return self.table()
 
-    def _tasks(self) -> str:
+    def _tasks(self, width: int) -> str:
         columns = [np.median(self.losses, axis=0), np.median(self.norms, axis=0)]
         rows = [
             [
@@ -210,23 +214,25 @@ class Diagnosis(NamedTuple):
             ]
             for i, name in enumerate(self.task_names)
         ]
-        table = _table(["task", "loss", "gradient norm", "share", "noise"], rows)
+        table = _table(["task", "loss", "gradient norm", "share", "noise"], rows, width)
         if np.isnan(self.noise).any():
-            table += "\nnoise -: without a gradient, or of batches that do not split into halves"
+            note = "noise -: without a gradient, or of batches that do not split into halves"
+            table += f"\n{_wrapped(note, width)}"
         return table
 
-    def _ratio(self) -> str:
+    def _ratio(self, width: int) -> str:
         ratio = self.gradient_ratio
         low, high = _number(ratio.min()), _number(ratio.max())
         middle = f"gradient ratio, largest / smallest norm: median {_number(np.median(ratio))}"
-        return _wrapped(f"{middle}, from {low} to {high}" if len(ratio) > 1 else middle)
+        return _wrapped(f"{middle}, from {low} to {high}" if len(ratio) > 1 else middle, width)
 
-    def _cosines(self) -> str:
+    def _cosines(self, width: int) -> str:
         rows = [
             [name, *(f"{value:.2f}" for value in cosines)]
             for name, cosines in zip(self.task_names, self.cosines.mean(axis=0), strict=True)
         ]
-        return f"{_table(['mean cosine', *self.task_names], rows)}\n{_wrapped(self._conflict())}"
+        table = _table(["mean cosine", *self.task_names], rows, width)
+        return f"{table}\n{_wrapped(self._conflict(), width)}"
 
     def _conflict(self) -> str:
         """What the interval of the pair that is nearest to conflict says."""
@@ -245,7 +251,7 @@ class Diagnosis(NamedTuple):
             f"{low[at]:.2f} to {high[at]:.2f}{more}"
         )
 
-    def _leaves(self) -> str:
+    def _leaves(self, width: int) -> str:
         rows = [
             [
                 path,
@@ -257,15 +263,21 @@ class Diagnosis(NamedTuple):
                 self.paths, self.shapes, self.shared, self.leaf_norms, strict=True
             )
         ]
-        return _table(["leaf", "shape", "shared", *self.task_names], rows, labels=3)
+        return _table(["leaf", "shape", "shared", *self.task_names], rows, width, labels=3)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int, labels: int = 1
+) -> str:
     """Columns of text; those that do not fit side by side follow below, with the labels again."""
     first, other = 32 if labels > 1 else 24, 13
+    cells = [[shortened(cell, other) for cell in row[1:]] for row in (header, *rows)]
+    others = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+    if width < _WIDTH:  # in a narrow table names give way, to as many columns as leave them 20
+        rooms = [width - sum(others[:count]) for count in range(len(others), labels - 1, -1)]
+        first = min(first, max(13, next((room for room in rooms if room >= 20), rooms[-1])))
     cells = [
-        [shortened(cell, first if i == 0 else other) for i, cell in enumerate(row)]
-        for row in (header, *rows)
+        [shortened(row[0], first), *cell] for row, cell in zip((header, *rows), cells, strict=True)
     ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     blocks: list[list[int]] = []
@@ -273,7 +285,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1
     for i in range(labels, len(header)):
         if widths[i] + 2 > room:
             blocks.append(list(range(labels)))
-            room = _WIDTH - sum(widths[:labels]) - 2 * (labels - 1)
+            room = width - sum(widths[:labels]) - 2 * (labels - 1)
         blocks[-1].append(i)
         room -= widths[i] + 2
     return "\n\n".join(
@@ -295,8 +307,8 @@ def shortened(text: str, width: int) -> str:
     return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
 
 
-def _wrapped(text: str, first: str = "", rest: str = "") -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=rest)
+def _wrapped(text: str, width: int, first: str = "", rest: str = "") -> str:
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Which parameters are shared between the tasks, and on which of those norms are measured."""
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -81,9 +82,12 @@ class _ByName:
                         " Under optax.inject_hyperparams, which takes functions for schedules, "
                         "name the argument in static_args."
                     )
+                segments = {segment for path in paths for segment in path.split(".")}
+                close = difflib.get_close_matches(name, [*paths, *sorted(segments)], n=1)
+                meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
-                    f"{self!r}: {name!r} matches no parameter. A name matches whole segments of "
-                    f"a path; the paths are: {', '.join(paths)}.{hint}"
+                    f"{self!r}: {name!r} matches no parameter.{meant} A name matches whole "
+                    f"segments of a path; the paths are: {', '.join(paths)}.{hint}"
                 )
         matched = [any(_matches(name, path) for name in self._names) for path in paths]
         chosen = matched if self._kind == "only" else [not match for match in matched]

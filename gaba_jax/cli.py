@@ -3,9 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+import typing
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -14,31 +18,45 @@ try:
     import tyro
     from flax import nnx
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f'gaba-jax needs the package {error.name}: pip install "gaba-jax[turbofan]"'
+        f'gaba-jax needs the package {error.name}. In a checkout: pip install -e ".[turbofan]"'
     ) from error
 
 import numpy as np
 
 from gaba_jax import plot
 from gaba_jax.turbofan import compare, plots, report, simulator
+from gaba_jax.turbofan._budget import Budget
+from gaba_jax.turbofan._reader import find_fleet
 from gaba_jax.turbofan._signals import noting_signals
 from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped
-from gaba_jax.turbofan.config import TASKS, Subset, TrainConfig, make_weighting
+from gaba_jax.turbofan.config import (
+    TASKS,
+    Subset,
+    TrainConfig,
+    check_config,
+    check_options,
+    did_you_mean,
+    make_weighting,
+    warmup_steps,
+)
 from gaba_jax.turbofan.data import TurbofanData
 from gaba_jax.turbofan.diagnosis import diagnose_run
 from gaba_jax.turbofan.events import event_writer
 from gaba_jax.turbofan.train import EpochRecord, Run, load_data, train
 
 _ALL = 1e9  # seconds: an epoch may take longer than those 30 that rich looks back on
+_NARROW = 72  # columns below which there is no bar
+_WIDE = 96  # columns from which on there are weights beside the losses
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulate:
-    """Write a simulated fleet of engines in the C-MAPSS file format."""
+    """Write a simulated fleet of engines as C-MAPSS files."""
 
     directory: tyro.conf.Positional[Path]
     """folder to write to"""
@@ -62,7 +80,7 @@ class Simulate:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train the two-headed model: remaining useful life and health state."""
+    """Train a model of two tasks, engine life and health state."""
 
     config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     out: Path | None = None
@@ -77,15 +95,16 @@ class Train:
     tensorboard: bool = False
     """write every update to event files in --out"""
     budget: float | None = None
-    """minutes after which no further epoch is begun; the best so far with --early-stopping"""
+    """minutes after which the run ends, also within an epoch; with the best so far where there is
+    --early-stopping"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnose:
-    """Measure the gradients before training: is balancing worth it?"""
+    """Measure gradients before training: is balancing worth it?"""
 
     data: Path | None = None
-    """folder of C-MAPSS text, plain or .gz; None simulates a small fleet"""
+    """folder or .zip of C-MAPSS text, plain or .gz; None simulates a small fleet"""
     subset: Subset = "FD001"
     """which of the four subsets"""
     sensors_only: bool = False
@@ -112,12 +131,12 @@ class Diagnose:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Train with several weightings on the same engines, parameters and batches, and report."""
+    """Compare weightings on the same engines and batches."""
 
     out: Path
     """folder for the runs, results.csv, report.md and pictures; finished runs there are kept"""
     data: Path | None = None
-    """folder of C-MAPSS text, plain or .gz; None simulates a small fleet"""
+    """folder or .zip of C-MAPSS text, plain or .gz; None simulates a small fleet"""
     subset: tuple[Subset, ...] = ("FD001",)
     """which of the four subsets"""
     methods: tuple[str, ...] = ("uniform", "gaba", "gaba:debias=true,warmup_steps=0")
@@ -145,14 +164,20 @@ Command = Annotated[
 ]
 
 
+_COMMANDS = {"simulate": Simulate, "train": Train, "diagnose": Diagnose, "compare": Compare}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (130 after Ctrl-C, 143 after SIGTERM)."""
-    command = tyro.cli(
-        cast(Any, Command),
-        prog="gaba-jax",
-        description="Balanced training of several losses on one model.",
-        args=arguments,
-    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _check_words(given)
+    with _colors_if_wanted():
+        command = tyro.cli(
+            cast(Any, Command),
+            prog="gaba-jax",
+            description="Balanced training of several losses on one model.",
+            args=given,
+        )
     console = Console()
     try:
         if isinstance(command, Simulate):
@@ -160,19 +185,144 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(command, Train):
             return _train(command, console)
         elif isinstance(command, Diagnose):
-            _diagnose(command)
+            _diagnose(command, console)
         else:
             _compare(command, console)
     except KeyboardInterrupt:
-        print("gaba-jax: interrupted", file=sys.stderr)
+        print(f"gaba-jax: interrupted{_how_to_go_on(command)}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"gaba-jax: {error}", file=sys.stderr)
+        print(f"gaba-jax: {_with_flags(str(error), type(command))}", file=sys.stderr)
         return 1
     return 0
 
 
+def _how_to_go_on(command: Any) -> str:
+    if isinstance(command, Train) and command.checkpoint_every is None:
+        out = "DIR" if command.out is None else command.out
+        return (
+            ". Nothing of the run can be gone on with. A run that can: --out "
+            f"{out} --checkpoint-every 500 --resume"
+        )
+    if isinstance(command, Compare):
+        return f". Finished runs are kept in {command.out}: the same again goes on with the others"
+    return ""
+
+
+@contextlib.contextmanager
+def _colors_if_wanted() -> Generator[None]:
+    """Help and its errors are without colours too where NO_COLOR is set."""
+    before = os.environ.get("TERM")
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("TERM", None)
+        else:
+            os.environ["TERM"] = before
+
+
+def _options(command: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of the options of a command, those in its parts too."""
+    for name, hint in typing.get_type_hints(command).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _options(cast(type, hint))
+        else:
+            yield name, hint
+
+
+def _check_words(given: Sequence[str]) -> None:
+    """Ends with what was meant, where a command or a choice is nearly one that there is."""
+    if not given or given[0].startswith("-"):
+        return
+    name, words = given[0], given[1:]
+    if name not in _COMMANDS:
+        if meant := did_you_mean(name, _COMMANDS):
+            _end(f"no command {name!r}.{meant} There are: {', '.join(_COMMANDS)}.")
+        return
+    choices = {
+        f"--{option.replace('_', '-')}": typing.get_args(one)
+        for option, hint in _options(_COMMANDS[name])
+        for one in (hint, *typing.get_args(hint))
+        if typing.get_origin(one) is Literal
+    }
+    option = ""
+    for word in words:
+        value = word
+        if word.startswith("--"):
+            option, _, value = word.replace("_", "-").partition("=")
+            value = word.partition("=")[2]
+        known = choices.get(option, ())
+        if value and known and value not in known and (meant := did_you_mean(value, known)):
+            _end(f"{option} {value}: no such choice.{meant} There are: {', '.join(known)}.")
+
+
+def _end(message: str) -> None:
+    print(f"gaba-jax: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _with_flags(message: str, command: type) -> str:
+    """A message of the library, with the options as they are typed: ``--epochs 0``."""
+    names = {name for name, _ in _options(command)}
+
+    def flag(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    def assigned(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"].strip("\"'")
+        if name not in names:
+            return found[0]
+        return flag(name) if value == "True" else f"{flag(name)} {value}"
+
+    def named(found: re.Match[str]) -> str:
+        return flag(found["name"]) if found["name"] in names else found[0]
+
+    leading = re.match(r"(\w+(?:, \w+)*): ", message)
+    if leading and set(leading[1].split(", ")) <= names:
+        listed = ", ".join(map(flag, leading[1].split(", ")))
+        message = f"{listed}: {message[leading.end() :]}"
+    # Not within a path or the options of a rule, such as gaba:beta=0.9.
+    value = r"""(?P<value>"[^"]*"|'[^']*'|[^\s,;:)]*[^\s,;:.)])"""
+    message = re.sub(rf"(?<![\w:,./'\"-])(?P<name>[a-z_]\w*)={value}", assigned, message)
+    return re.sub(r"(?<=[:;] )(?:gaba\.)?(?P<name>[a-z_]\w*)(?= was )", named, message)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises before any work where a folder cannot be made, or nothing be written to it."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(
+            f"{folder} cannot be a folder: {there} is a file. Name another folder."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"{folder} cannot be written: {there}: {error.strerror}. Name another folder."
+        ) from error
+
+
+class _TimeLeft(ProgressColumn):
+    """The time that is left, and nothing of it at the end."""
+
+    def __init__(self):
+        self._remaining = TimeRemainingColumn()
+        super().__init__()
+
+    def render(self, task: Any) -> Text:
+        if task.finished:
+            return Text("done")
+        return Text.assemble("left ", self._remaining.render(task))
+
+
 def _simulate(command: Simulate, console: Console) -> None:
+    _check_writable(command.directory)
     fleet = simulator.simulate(
         command.num_train,
         command.num_test,
@@ -191,14 +341,24 @@ def _simulate(command: Simulate, console: Console) -> None:
 
 def _train(command: Train, console: Console) -> int:
     config, out = command.config, command.out
-    make_weighting(config)  # a wrong option shows before the data is read
+    # What is wrong shows before the data is read, and before anything is written.
+    make_weighting(config)
+    check_options(config)
+    Budget(command.budget)
     noted: list[int] = []
     replayed = [0]
     checkpoints = _checkpoints(command, noted, replayed, console)
     if command.tensorboard and out is None:
         raise ValueError("--tensorboard needs a folder: pass --out.")
     going_on = _check_out(command)
+    if out is not None:
+        _check_writable(out)
     data = load_data(config)
+    check_config(config, len(data.train.rul))
+    if command.budget is not None:
+        console.print(
+            f"Ends after {command.budget:g} minutes at the latest, also within an epoch (--budget)."
+        )
     if out is not None and not going_on:
         out.mkdir(parents=True, exist_ok=True)
         # An interrupted run must not keep what belongs to an old one.
@@ -215,9 +375,9 @@ def _train(command: Train, console: Console) -> int:
         else contextlib.nullcontext() as write_events,
         Progress(
             TextColumn("epoch {task.completed}/{task.total}"),
-            BarColumn(bar_width=10),
-            TimeRemainingColumn(),
-            TextColumn("loss x weight: {task.fields[status]}"),
+            *([BarColumn(bar_width=10)] if console.width >= _NARROW else []),
+            _TimeLeft(),
+            TextColumn("{task.fields[status]}"),
             console=console,
             speed_estimate_period=_ALL,
         ) as progress,
@@ -226,10 +386,12 @@ def _train(command: Train, console: Console) -> int:
 
         def on_epoch(record: EpochRecord) -> None:
             scalars = record.scalars
-            status = ", ".join(
-                f"{task} {scalars[f'loss/{task}']:.3g} x {scalars[f'weight/{task}']:.3f}"
-                for task in TASKS
-            )
+            losses = [f"{task} {scalars[f'loss/{task}']:.3g}" for task in TASKS]
+            status = f"loss: {', '.join(losses)}"
+            if console.width >= _WIDE:
+                weights = [f"{scalars[f'weight/{task}']:.3f}" for task in TASKS]
+                both = (" x ".join(each) for each in zip(losses, weights, strict=True))
+                status = f"loss x weight: {', '.join(both)}"
             if record.epoch * len(record.losses) <= replayed[0]:  # it took no time now
                 progress.reset(bar, completed=record.epoch, status=status)
             else:
@@ -244,6 +406,7 @@ def _train(command: Train, console: Console) -> int:
 
         try:
             run = train(data, config, on_epoch, checkpoints, command.budget)
+            progress.update(bar, total=len(run.records), completed=len(run.records))
             said = "stopped after the last update"
         except Stopped as stopped:
             run, said = None, str(stopped)
@@ -314,11 +477,15 @@ def _check_out(command: Train) -> bool:
     return False
 
 
-def _diagnose(command: Diagnose) -> None:
+def _diagnose(command: Diagnose, console: Console) -> None:
     options = dataclasses.asdict(command)
     leaves, num_batches = options.pop("leaves"), options.pop("batches")
     config = TrainConfig(**options)
-    print(diagnose_run(load_data(config), config, num_batches).table(leaves=leaves))
+    check_options(config)
+    if num_batches < 1:
+        raise ValueError(f"batches={num_batches} must be at least 1.")
+    found = diagnose_run(load_data(config), config, num_batches)
+    print(found.table(leaves=leaves, width=min(console.width, _WIDE)))
 
 
 def _compare(command: Compare, console: Console) -> None:
@@ -332,14 +499,20 @@ def _compare(command: Compare, console: Console) -> None:
         adam_b2=command.adam_b2,
     )
     cells = compare.cells(command.methods, command.subset, command.loss, config)
+    check_options(config)
+    _check_writable(command.out)
+    if command.data is not None:
+        for subset in command.subset:
+            find_fleet(command.data, subset)
     seeds = range(command.seeds)
     total = sum(compare.missing_epochs(cells, seeds, command.out))
     with Progress(
         TextColumn("{task.fields[cell]}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.percentage:.0f} %, left:"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        *([BarColumn(bar_width=20)] if console.width >= _NARROW else []),
+        TextColumn("{task.percentage:.0f} %"),
+        _TimeLeft(),
         console=console,
+        disable=total == 0,  # all runs are kept
         speed_estimate_period=_ALL,
     ) as progress:
         bar = progress.add_task("compare", total=total, cell="")
@@ -369,6 +542,7 @@ def _write(run: Run, data: TurbofanData, out: Path) -> None:
     np.savez(out / "history.npz", losses=losses, task_norms=norms, task_weights=weights)
     for name, figure in [
         ("balance", plot.balance_history(norms, weights, TASKS)),
+        ("losses", plots.learning_curves(losses, TASKS)),
         ("rul", plots.predicted_against_true(run.predicted_rul, data.test.rul)),
         ("health", plots.confusion_matrix(run.predicted_health, data.test.health)),
     ]:
@@ -399,15 +573,25 @@ def _report(run: Run, config: TrainConfig, out: Path | None, console: Console) -
     console.print(table)
     weights = ", ".join(f"{name} {value:.4f}" for name, value in summary["task_weights"].items())
     console.print(f"Task weights at the end: {weights}")
-    for key, title in [
-        ("gradient_ratio", "Gradient norms, largest / smallest"),
-        ("contribution_ratio", "The same, weighted"),
-    ]:
+    titles = {"gradient_ratio": "Gradient norms, largest / smallest"}
+    updates, warmup = summary["updates"], warmup_steps(config)
+    if updates > warmup:
+        titles["contribution_ratio"] = "The same, weighted"
+    for key, title in titles.items():
         median = summary[key]["median"]
         console.print(f"{title}: {'infinite' if median is None else f'{median:.4g}'} (median)")
+    if updates <= warmup:
+        console.print(
+            f"Nothing was balanced yet: the weights are equal in the {warmup} updates of the "
+            f"warm-up, and the run had {updates}. Train longer, pass --warmup-steps 0, or "
+            "--weighting equalize."
+        )
+    epoch = f"epoch {summary['evaluated_epoch']}"
+    if summary["evaluated_epoch"] > summary["epochs"]:
+        epoch += ", which was not finished"
     console.print(
-        f"{summary['updates']} updates in {summary['timing']['seconds']:.1f} s, ended by "
-        f"{summary['ended']}; evaluated after epoch {summary['evaluated_epoch']}"
+        f"{updates} updates in {summary['timing']['seconds']:.1f} s, ended by "
+        f"{summary['ended']}; evaluated after {epoch}"
     )
     if out is not None:
         console.print(f"Written to {out}")

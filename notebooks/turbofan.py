@@ -156,9 +156,7 @@ Markdown(report.table(results))
 # %% [markdown]
 # The two ratios, of the gradients and of the weighted gradients, say what balancing did: equal
 # weights leave the tasks as far apart as they are, the floor of the published constants leaves a
-# part of it, and `equalize` leaves them about even. The step times are rough, since the
-# methods ran one after the other; and `uniform` measures the norms here too, which costs as much
-# as measuring them for a rule.
+# part of it, and `equalize` leaves them about even.
 #
 # The weight of the health loss and the ratio over the updates, means over the seeds; the bands are
 # from the least to the most:

@@ -1,12 +1,14 @@
 """The command gaba-jax, as a user types it."""
 
 import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -43,7 +45,7 @@ def test_train_writes_metrics_summary_pictures_and_parameters(finished):
     assert summary["tasks"] == ["rul", "health"]
     assert summary["updates"] == 2 * (summary["windows"]["train"] // 128)
     assert lines[-1]["validation/rmse"] == summary["validation"]["rmse"]
-    for name in ("balance", "rul", "health"):
+    for name in ("balance", "losses", "rul", "health"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((finished / "params").absolute())
@@ -271,16 +273,16 @@ def test_simulate_then_train_on_it(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "--data", "nowhere"], "nowhere"),
-        (["train", "--epochs", "0"], "epochs=0 must be at least 1"),
-        (["train", "--batch-size", "1000000"], "batch_size=1000000 is more than"),
-        (["train", "--beta", "1.5"], "beta=1.5 must be in [0, 1)"),
+        (["train", "--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["train", "--batch-size", "1000000"], "--batch-size 1000000 is more than"),
+        (["train", "--beta", "1.5"], "--beta 1.5 must be in [0, 1)"),
         (["train", "--min-weight", "0.6"], "the most is 0.5"),
         (["train", "--weighting", "best"], "'best': no weighting 'best'. There are: "),
         (
             ["train", "--weighting", "uniform", "--beta", "0.9"],
-            "beta: options of the weighting gaba",
+            "--beta: options of the weighting gaba",
         ),
-        (["train", "--learning-rate", "-1"], "learning_rate=-1.0 must be positive"),
+        (["train", "--learning-rate", "-1"], "--learning-rate -1.0 must be positive"),
         (["train", "--shared", "trunk"], "'trunk' matches no parameter"),
         (["train", "--learning-rate", "1e30", *SMALL], "no longer finite in epoch 1"),
         (  # of one update, after which there are no more losses
@@ -291,10 +293,17 @@ def test_simulate_then_train_on_it(tmp_path, capsys):
             "the predicted RUL is no longer finite after epoch 1. Lower the learning rate",
         ),
         (["simulate", "somewhere", "--conditions", "3"], "conditions"),
+        (["train", "--budget", "0"], "--budget 0.0 must be positive, in minutes"),
+        (["train", "--measure", "stacked", "--every", "2"], "take --measure exact"),
+        (["train", "--weighting", "equalise"], "Did you mean 'equalize'?"),
+        (["train", "--shared", "backbon"], "Did you mean 'backbone'?"),
         (["train", "--checkpoint-every", "5"], "--checkpoint-every 5 needs a folder: pass --out"),
-        (["train", "--out", "o", "--checkpoint-every", "0"], "checkpoint_every=0 must be at least"),
+        (
+            ["train", "--out", "o", "--checkpoint-every", "0"],
+            "--checkpoint-every 0 must be at least",
+        ),
         (["train", "--tensorboard"], "--tensorboard needs a folder: pass --out"),
-        (["diagnose", "--batches", "0"], "batches=0 of batch_size=128 must be at least one each"),
+        (["diagnose", "--batches", "0"], "--batches 0 must be at least 1"),
         (["diagnose", "--shared", "trunk", "--batch-size", "8"], "'trunk' matches no parameter"),
         (["train", "--out", "o", "--resume"], "--resume goes on from checkpoints: pass"),
         (
@@ -312,7 +321,11 @@ def test_a_wrong_value_says_what_is_allowed(arguments, message, capsys, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--subset", "FD005"], "FD004"),
+        (["train", "--subset", "FD005"], "--subset FD005: no such choice. Did you mean 'FD00"),
+        (["train", "--subset=FD005"], "--subset FD005: no such choice. Did you mean 'FD00"),
+        (["train", "--loss", "amln"], "Did you mean 'amnl'? There are: mse, amnl."),
+        (["compare", "--out", "o", "--loss", "mse", "amln"], "Did you mean 'amnl'?"),
+        (["trian"], "no command 'trian'. Did you mean 'train'? There are: simulate, train"),
         (["train", "--epochs", "many"], "epochs"),
         (["fly"], "train"),
     ],
@@ -324,17 +337,175 @@ def test_an_unknown_word_lists_the_choices(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["simulate", "--help"], ["diagnose", "--help"]],
+    [["--help"], *([name, "--help"] for name in cli._COMMANDS)],
 )
-def test_help(arguments, capsys):
+def test_help(arguments, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "gaba-jax" in out
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= columns
+
+
+@pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])
+def test_no_color_holds_for_help_too(no_color, colored, monkeypatch):
+    """In a terminal, which a pipe is not."""
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert ("\x1b[" in terminal.getvalue()) == colored
+    assert os.environ["TERM"] == "xterm"
+
+
+def never(*arguments, **options):
+    raise AssertionError("work was done")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--epochs", 0, "--out", "{}/new"], "--epochs 0 must be at least 1"),
+        (["train", "--epochs", 0, "--out", "{}/earlier", "--overwrite"], "--epochs 0 must be"),
+        (["train", "--budget", -1, "--out", "{}/new"], "--budget -1.0 must be positive"),
+        (["train", "--out", "{}/earlier"], "earlier holds an earlier run. Name another --out, or"),
+        (["train", "--out", "{}/file"], "cannot be a folder"),
+        (["train", "--out", "{}/file/new"], "cannot be a folder"),
+        (["train", "--out", "/proc/new"], "/proc/new cannot be written: /proc: "),
+        (["compare", "--epochs", 0, "--out", "{}/new"], "--epochs 0 must be at least 1"),
+        (["compare", "--out", "{}/file/new"], "cannot be a folder"),
+        (["compare", "--out", "{}/new", "--data", "{}/file"], "neither one of the C-MAPSS text"),
+        (["diagnose", "--batch-size", 0], "--batch-size 0 must be at least 1"),
+        (["simulate", "{}/file"], "cannot be a folder"),
+        (["simulate", "/proc/new"], "/proc/new cannot be written: /proc: "),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "earlier").mkdir()
+    for name in ("metrics.jsonl", "summary.json"):
+        (tmp_path / "earlier" / name).write_text("{}")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for module, name in ((cli, "load_data"), (cli.simulator, "simulate"), (cli.compare, "run")):
+        monkeypatch.setattr(module, name, never)
+    assert run(*(str(argument).format(tmp_path) for argument in arguments)) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_that_are_there_are_kept_by_their_flag(tmp_path, capsys):
+    small = ["simulate", tmp_path, "--num-train", 2, "--num-test", 1]
+    assert run(*small) == 0
+    assert run(*small, "--seed", 1) == 1
+    assert capsys.readouterr().err.endswith("or pass --overwrite.\n")
+
+
+def test_another_subset_is_named_by_its_flag(tmp_path, capsys):
+    assert run("simulate", tmp_path, "--num-train", 2, "--num-test", 1) == 0
+    assert run("train", "--data", tmp_path / "RUL_FD001.txt", "--subset", "FD002") == 1
+    assert "pass --subset FD001, or the folder" in capsys.readouterr().err
+
+
+def finished_run(updates, epochs=1):
+    """What train returns, as far as the report of it goes."""
+    scores = dict.fromkeys(
+        ("rmse", "nasa_score", "late_prediction_rate", "health_accuracy", "macro_f1"), 0.5
+    )
+    summary = {
+        "validation": scores,
+        "test": scores,
+        "task_weights": {"rul": 0.5, "health": 0.5},
+        "gradient_ratio": {"median": 80.0},
+        "contribution_ratio": {"median": 81.02},
+        "updates": updates,
+        "timing": {"seconds": 1.0},
+        "ended": "budget",
+        "epochs": epochs,
+        "evaluated_epoch": 2,
+    }
+    return types.SimpleNamespace(summary=summary, records=[None] * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "updates", "balanced"),
+    [
+        ([], 100, False),
+        ([], 101, True),
+        (["--warmup-steps", 7], 7, False),
+        (["--weighting", "gaba:warmup_steps=7"], 8, True),
+        (["--weighting", "equalize"], 1, True),
+    ],
+)
+def test_a_run_shorter_than_the_warmup_says_so(arguments, updates, balanced, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda *_: finished_run(updates))
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run("train", *arguments, "--stride", 60) == 0
+    out = capsys.readouterr().out
+    assert ("The same, weighted: 81.02" in out) == balanced
+    assert ("Nothing was balanced yet" in out) != balanced
+    assert max(map(len, out.splitlines())) <= 60
+
+
+def test_a_budget_is_told_before_and_an_unfinished_epoch_after(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda *_: finished_run(500))
+    assert run("train", "--budget", 2.5, "--stride", 60) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Ends after 2.5 minutes at the latest, also within an epoch (--budget).")
+    assert "ended by budget; evaluated after epoch 2, which was not finished" in " ".join(
+        out.split()
+    )
+    assert "epoch 2/2" in out
+    assert "done" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [
+        (["train", "--stride", 60], "A run that can: --out DIR --checkpoint-every 500 --resume"),
+        (["compare", "--out", "o", "--methods", "uniform"], "the same again goes on with the oth"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(command, how, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "train", interrupted)
+    monkeypatch.setattr(cli.compare, "run", interrupted)
+    assert run(*command) == 130
+    assert how in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("epochs=0 must be at least 1.", "--epochs 0 must be at least 1."),
+        ("or pass overwrite=True.", "or pass --overwrite."),
+        ('measure="exact", every=2', "--measure exact, --every 2"),
+        ("'gaba:beta=2': beta=2 is out", "'gaba:beta=2': --beta 2 is out"),
+        ("runs/epochs=3/seed0.json and unknown=1", "runs/epochs=3/seed0.json and unknown=1"),
+        (
+            "c is of another run: gaba.beta was 1 and is 2",
+            "c is of another run: --beta was 1 and is 2",
+        ),
+        ("sensors_only: data is", "--sensors-only: data is"),
+        ("learning_rate=-1.5 must", "--learning-rate -1.5 must"),
+    ],
+)
+def test_messages_name_flags(message, said):
+    assert cli._with_flags(message, cli.Train) == said
 
 
 @pytest.mark.slow
@@ -364,7 +535,10 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_written(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert errors.strip() == "gaba-jax: interrupted"
+    assert errors.strip() == (
+        "gaba-jax: interrupted. Nothing of the run can be gone on with. A run that can: --out "
+        f"{out} --checkpoint-every 500 --resume"
+    )
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
@@ -386,8 +560,9 @@ def test_compare_writes_and_goes_on(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--methods", "gabba"], "no weighting 'gabba'. Did you mean 'gaba'? There are: "),
-        (["--methods", "gaba:betta=1"], "'betta=1' is no option of gaba"),
-        (["--seeds", "0"], "seeds=0 must be at least 1"),
+        (["--methods", "gaba:betta=1"], "'betta=1' is no option of gaba. Did you mean 'beta'?"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
     ],
 )
 def test_compare_says_what_is_wrong(arguments, message, capsys, tmp_path):

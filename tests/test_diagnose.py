@@ -294,6 +294,23 @@ def test_batches_with_a_nan_are_left_out_and_a_broken_task_is_named(toy):
         diagnose(losses_fn, params, [broken, broken])
 
 
+def test_the_table_fits_the_terminal():
+    norms = [[100.0, 1.0, 3.0, 4.0]] * 5
+    found = made(norms, np.broadcast_to(np.eye(4), (5, 4, 4)))
+    found = found._replace(
+        task_names=tuple(f"a_long_name_of_task_{i}" for i in range(4)),
+        paths=("a_path_of_many_segments.with_a_kernel.in_the_end",),
+        nonfinite_count=2,
+    )
+    for width in (40, 60, 72, 80, 100):
+        lines = found.table(leaves=True, width=width).splitlines()
+        assert max(map(len, lines)) <= max(width, 60)
+    assert found.table(width=80) == found.table()
+    narrow = [line for line in found.table(leaves=True, width=60).splitlines() if "_path" in line]
+    assert narrow[0].split()[0].startswith("a_path_")
+    assert len(narrow[0].split()[0]) >= 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_tasks", rest_slow([2, 10], fast=[10]))
 def test_the_table_fits_80_columns(num_tasks):

@@ -155,6 +155,12 @@ def test_includes_find_their_markers():
     assert included == 3
 
 
+def test_pictures_of_three_panels_are_there():
+    for path in CONF["PANELS"]:
+        assert (DOCS / path).is_file()
+        assert any(f"({path})" in page for page in PAGES.values())
+
+
 def test_formulas_are_mended():
     pytest.importorskip("latex2mathml", reason="needs the extra docs")
     mathml = CONF["mathml"]

@@ -11,8 +11,10 @@ WITH_CODE = [path for path in sorted(DOCS.glob("*.md")) if pages.blocks(path.rea
 
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
-def test_the_code_on_the_page(path):
+def test_the_code_on_the_page(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pictures are saved
     pages.run(path)
+    assert (tmp_path / "balance.png").exists() == (path.stem == "tutorial")
 
 
 def test_nothing_is_left_as_a_session():

@@ -394,6 +394,16 @@ def test_wrong_shapes():
         plot.balance_history(np.ones((4, 2)), np.ones((4, 2)), ["a", "b", "c"])
 
 
+def test_a_learning_curve_for_each_loss():
+    losses = np.geomspace([1000.0, 2.0], [10.0, 0.1], 500)
+    panels = drawn(plots.learning_curves(losses, ["rul", "health"])).axes
+    assert [axes.get_ylabel() for axes in panels] == ["rul loss", "health loss"]
+    for i, axes in enumerate(panels):
+        np.testing.assert_array_equal(axes.lines[0].get_ydata(), losses[:, i])
+        assert axes.get_yscale() == "log"
+    drawn(plots.learning_curves(losses[:1], ["rul", "health"]))
+
+
 def test_predictions():
     axes = drawn(plots.predicted_against_true([10.0, 90.0, 30.0], [20.0, 80.0, 20.0])).axes[0]
     late, early = (np.asarray(dots.get_offsets()) for dots in axes.collections)

@@ -4,8 +4,8 @@ One model reads a window of sensor data and does two tasks at once: it predicts 
 useful life (RUL) of an engine and classifies its health. On the shared backbone the first task
 pulls hundreds of times harder than the second, which is what gradient balancing is for.
 
-This package is an extra, ``pip install "gaba_jax[turbofan]"``, that the core never imports. Its
-modules are imported by name:
+This package is an extra, ``pip install -e ".[turbofan]"`` in a checkout. The core never imports it.
+Its modules are imported by name:
 
 * :mod:`gaba_jax.turbofan.data`: NASA C-MAPSS files, read, normalised and cut into windows.
 * :mod:`gaba_jax.turbofan.ncmapss`: NASA N-CMAPSS files (HDF5), streamed and cut into windows.

@@ -42,7 +42,8 @@ def open_file(path: str | Path) -> Any:
         import h5py
     except ImportError as error:
         raise ImportError(
-            'N-CMAPSS files need the package h5py: pip install "gaba-jax[turbofan]"', name="h5py"
+            'N-CMAPSS files need the package h5py. In a checkout: pip install -e ".[turbofan]"',
+            name="h5py",
         ) from error
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; check the folder and the name.")

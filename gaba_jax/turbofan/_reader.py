@@ -1,12 +1,15 @@
 """The C-MAPSS files: read into tables and checked, with errors that name the line."""
 
+import codecs
 import gzip
 import io
+import re
 import reprlib
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +33,24 @@ _LARGEST_VALUE = float(np.finfo(np.float32).max)  # features and targets are flo
 _UNPACKED_BYTES = 2**20
 _UNPACKED_TIMES = 200
 
+_NAMED = re.compile(r"(train|test|RUL)_(\w+)\.txt(\.gz)?")
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 # Says in words where a row, counted from 0, came from.
 _Where = Callable[[int], str]
+
+
+class _Member(NamedTuple):
+    """A file within a zip archive."""
+
+    archive: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+
+_Source = Path | _Member
 
 
 class Fleet(NamedTuple):
@@ -53,12 +72,15 @@ def read_fleet(folder: str | Path, subset: str = "FD001") -> Fleet:
 
     Args:
         folder: Holds ``train_<subset>.txt``, ``test_<subset>.txt`` and ``RUL_<subset>.txt``,
-            each plain or with ``.gz`` appended; where both are there, the plain one is read.
+            each plain or with ``.gz`` appended; where both are there, the plain one is read. A zip
+            archive that holds them, as the data is distributed, or a folder that holds such an
+            archive, will do, and so will the path of one of the files.
         subset: The files' common name. Defaults to ``"FD001"``.
 
     Raises:
         FileNotFoundError: The folder or a file is missing.
         ValueError: A file is malformed; the message has its name and the line, where it has lines.
+            Or the path is that of a file of another subset, or of something else.
 
     Examples:
         >>> read_fleet("no_such_folder")
@@ -66,10 +88,28 @@ def read_fleet(folder: str | Path, subset: str = "FD001") -> Fleet:
         ...
         FileNotFoundError: folder no_such_folder does not exist; ...
     """
-    train = read_table(_find(folder, f"train_{subset}.txt"))
-    test = read_table(_find(folder, f"test_{subset}.txt"))
-    rul = read_rul(_find(folder, f"RUL_{subset}.txt"), len(np.unique(test[:, 0])))
-    return Fleet(train, test, rul)
+    paths = find_fleet(folder, subset)
+    train, test = (_read_table(path) for path in paths[:2])
+    return Fleet(train, test, _read_rul(paths[2], len(np.unique(test[:, 0]))))
+
+
+def find_fleet(folder: str | Path, subset: str) -> list[_Source]:
+    """Where the three files of a subset are, for :func:`read_fleet`, which says what it raises."""
+    folder = Path(folder)
+    if folder.is_file() and not zipfile.is_zipfile(folder):
+        named = _NAMED.fullmatch(folder.name)
+        if named is None:
+            raise ValueError(
+                f"{folder} is a file that is neither one of the C-MAPSS text files, such as "
+                f"train_{subset}.txt, nor a zip archive of them; pass one of these or their folder."
+            )
+        if named[2] != subset:
+            raise ValueError(
+                f"{folder} is a file of the subset {named[2]}, and subset={subset}: pass "
+                f"subset={named[2]}, or the folder."
+            )
+        folder = folder.parent
+    return [_find(folder, f"{kind}_{subset}.txt") for kind in ("train", "test", "RUL")]
 
 
 def read_table(path: str | Path) -> NDArray[np.float64]:
@@ -79,7 +119,7 @@ def read_table(path: str | Path) -> NDArray[np.float64]:
     engine's rows form one block, with the cycles 1, 2, 3 and so on.
 
     Args:
-        path: The file; one whose name ends in ``.gz`` is unpacked.
+        path: The file; one whose name ends in ``.gz`` is unpacked. UTF-8, or UTF-16 with its mark.
 
     Returns:
         The rows in the order of the file, [rows, 26].
@@ -100,6 +140,10 @@ def read_table(path: str | Path) -> NDArray[np.float64]:
         >>> rows[:2, :2].tolist()
         [[1.0, 1.0], [1.0, 2.0]]
     """
+    return _read_table(Path(path))
+
+
+def _read_table(path: _Source) -> NDArray[np.float64]:
     rows, where = _read_numbers(path, COLUMN_NAMES)
     _check_rows(rows, where)
     return rows
@@ -128,6 +172,10 @@ def read_rul(path: str | Path, num_engines: int) -> NDArray[np.float64]:
         ...     read_rul(path, num_engines=2).tolist()
         [112.0, 98.0]
     """
+    return _read_rul(Path(path), num_engines)
+
+
+def _read_rul(path: _Source, num_engines: int) -> NDArray[np.float64]:
     rows, where = _read_numbers(path, ("RUL",))
     _check_rul(rows[:, 0], num_engines, where)
     return rows[:, 0]
@@ -167,31 +215,65 @@ def check_shape(rows: NDArray[np.float64], name: str, *, least: int) -> None:
         )
 
 
-def _find(folder: str | Path, name: str) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
+def _find(folder: Path, name: str) -> _Source:
+    if folder.is_dir():
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+        archives = sorted(path for path in folder.glob("*.zip") if path.is_file())
+    elif folder.is_file():
+        archives = [folder]
+    else:
         raise FileNotFoundError(
             f"folder {folder} does not exist; pass the one that holds the C-MAPSS text files."
         )
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
+    members = [_Member(archive, each) for archive in archives for each in _members(archive)]
+    for wanted in (name, f"{name}.gz"):
+        for member in members:
+            if member.name.rpartition("/")[2] == wanted:
+                return member
     kind = name.split("_")[0]
-    there = sorted(path.name for path in folder.glob(f"{kind}_*.txt*"))
+    files = [path.name for path in folder.glob(f"{kind}_*.txt*")] if folder.is_dir() else []
+    files += [str(each) for each in members if each.name.rpartition("/")[2].startswith(f"{kind}_")]
     raise FileNotFoundError(
-        f"{folder / name} is missing, and so is {name}.gz; there is {', '.join(there) or 'none'}. "
+        f"{folder / name} is missing, and so is {name}.gz; there is "
+        f"{', '.join(sorted(files)) or 'none'}. "
         "Choose another subset or folder, or get the missing file."
     )
 
 
-def _read_numbers(path: str | Path, columns: tuple[str, ...]) -> tuple[NDArray[np.float64], _Where]:
-    """Read numbers, [rows, columns], and a function that names a row's line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; check the folder and the name.")
-    content = io.BytesIO(_unpack(path) if path.suffix == ".gz" else path.read_bytes())
+def _members(archive: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return [name for name in opened.namelist() if not name.startswith("__MACOSX")]
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{archive} is no valid zip archive ({error}); get it anew.") from error
+
+
+def _content(path: _Source) -> bytes:
+    if isinstance(path, Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; check the folder and the name.")
+        return _gunzip(path, path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        with zipfile.ZipFile(path.archive) as opened:
+            packed = opened.getinfo(path.name).compress_size
+            with opened.open(path.name) as file:
+                content = _read_at_most(path, file, packed)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}); get the archive anew.") from error
+    return _gunzip(path, content) if path.name.endswith(".gz") else content
+
+
+def _lines(content: bytes) -> list[str]:
     # Bytes that are no text become a field that is no number, and so an error with its line.
-    lines = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace").readlines()
+    encoding = "utf-16" if content.startswith(_UTF16) else "utf-8-sig"
+    return io.TextIOWrapper(io.BytesIO(content), encoding=encoding, errors="replace").readlines()
+
+
+def _read_numbers(path: _Source, columns: tuple[str, ...]) -> tuple[NDArray[np.float64], _Where]:
+    """Read numbers, [rows, columns], and a function that names a row's line."""
+    lines = _lines(_content(path))
     expected = f"expected {len(columns)} numbers a line"
     if len(columns) == 1:
         expected = "expected one number a line"
@@ -209,13 +291,17 @@ def _read_numbers(path: str | Path, columns: tuple[str, ...]) -> tuple[NDArray[n
     return rows, lambda row: f"{path}, line {filled[row]}"
 
 
-def _unpack(path: Path) -> bytes:
-    limit = max(_UNPACKED_BYTES, _UNPACKED_TIMES * path.stat().st_size)
+def _gunzip(path: _Source, packed: bytes) -> bytes:
     try:
-        with gzip.open(path) as file:
-            content = file.read(limit + 1)
+        with gzip.open(io.BytesIO(packed)) as file:
+            return _read_at_most(path, cast(IO[bytes], file), len(packed))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no valid gzip file ({error}); get it anew.") from error
+
+
+def _read_at_most(path: _Source, file: IO[bytes], packed: int) -> bytes:
+    limit = max(_UNPACKED_BYTES, _UNPACKED_TIMES * packed)
+    content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(
             f"{path} unpacks to more than {limit} bytes, expected at most {_UNPACKED_BYTES} or "
@@ -225,7 +311,7 @@ def _unpack(path: Path) -> bytes:
 
 
 def _raise_first_bad_line(
-    path: Path, lines: list[str], columns: tuple[str, ...], expected: str
+    path: _Source, lines: list[str], columns: tuple[str, ...], expected: str
 ) -> None:
     for number, line in enumerate(lines, start=1):
         fields = line.split()

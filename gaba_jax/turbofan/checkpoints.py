@@ -42,6 +42,8 @@ FORMAT = 1
 """Number of the layout that this version writes."""
 
 _KEPT = 2
+_HISTORY = ("losses", "task_norms", "task_weights")
+_HEARD = 0.5  # seconds in which reads that are still under way fail too
 
 
 class Stopped(Exception):
@@ -128,18 +130,19 @@ class Checkpoints:
             kept = _read_json(manager, step)
             _check_same(self.directory, defaults | kept["run"], run)
             arrays = _read_arrays(manager, step, target)
-        state = _fill(target, arrays)
+            state = _fill(target, arrays)
+            with _damage_reported(manager, step):
+                snapshot = Snapshot(
+                    step=step,
+                    state=state,
+                    rng=jax.random.wrap_key_data(arrays["rng"], impl=kept["rng_impl"]),
+                    order=arrays["order"],
+                    history={name: arrays[f"history.{name}"] for name in _HISTORY},
+                    **{name: kept[name] for name in ("scalars", "seconds", "elapsed")},
+                )
+                _check_whole(snapshot)
         self.on_resume(step)
-        return Snapshot(
-            step=step,
-            state=state,
-            rng=jax.random.wrap_key_data(arrays["rng"], impl=kept["rng_impl"]),
-            order=arrays["order"],
-            history={
-                name: arrays[f"history.{name}"] for name in ("losses", "task_norms", "task_weights")
-            },
-            **{name: kept[name] for name in ("scalars", "seconds", "elapsed")},
-        )
+        return snapshot
 
     def save(self, snapshot: Snapshot, run: Mapping[str, Any]) -> None:
         """Writes a checkpoint; when this returns it is complete.
@@ -183,9 +186,18 @@ class Checkpoints:
 
 
 def latest_step(directory: Path) -> int | None:
-    """Updates done at the last complete checkpoint of a folder; None where there is none."""
-    if not directory.is_dir():
+    """Updates done at the last complete checkpoint of a folder; None where there is none.
+
+    Args:
+      directory: folder of the checkpoints.
+
+    Raises:
+      NotADirectoryError: it is a file.
+    """
+    if not directory.exists():
         return None
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file, and no folder of checkpoints. Remove it.")
     with _manager(directory) as manager:
         return manager.latest_step()
 
@@ -236,6 +248,7 @@ def _manager(directory: Path, *, create: bool = False) -> Generator[ocp.Checkpoi
     When one write fails, tensorstore hands those that are still under way to ``sys.excepthook``.
     """
     hook, sys.excepthook = sys.excepthook, lambda *_: None
+    unraisable, sys.unraisablehook = sys.unraisablehook, lambda _: None
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -255,7 +268,7 @@ def _manager(directory: Path, *, create: bool = False) -> Generator[ocp.Checkpoi
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        sys.excepthook = hook
+        sys.excepthook, sys.unraisablehook = hook, unraisable
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -265,12 +278,12 @@ def _by_name(tree: Any) -> dict[str, Any]:
 def _read_json(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     with _damage_reported(manager, step):
         kept = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-        written = kept["format"]
+        written, _ = int(kept["format"]), {**kept["run"]}
     if written > FORMAT:
         raise ValueError(
             f"{manager.directory} is of format {written}, written by gaba_jax {kept['version']}; "
             f"this is gaba_jax {version('gaba-jax')}, which reads up to format {FORMAT}. Upgrade "
-            'the library: pip install --upgrade "gaba-jax[turbofan]"'
+            'the library: git pull, and pip install -e ".[turbofan]", in its checkout.'
         )
     return kept
 
@@ -294,6 +307,22 @@ def _read_arrays(manager: ocp.CheckpointManager, step: int, target: Any) -> dict
         return manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(like))
         )["arrays"]
+
+
+def _check_whole(snapshot: Snapshot) -> None:
+    """Raises where the parts of a checkpoint do not belong together."""
+    rows = [len(values) for values in snapshot.history.values()]
+    begun, finished = len(snapshot.seconds), len(snapshot.scalars)
+    if rows != [snapshot.step] * len(rows):
+        raise ValueError(f"its history has {rows} rows for {snapshot.step} updates")
+    if begun - finished not in (0, 1) or not begun:
+        raise ValueError(f"it has {begun} epochs begun and {finished} finished")
+    for number in (snapshot.elapsed, *snapshot.seconds, *_values(snapshot.scalars)):
+        float(number)
+
+
+def _values(scalars: list[dict[str, float]]) -> list[float]:
+    return [value for each in scalars for value in each.values()]
 
 
 def _fill(target: Any, arrays: Mapping[str, Any]) -> Any:
@@ -346,6 +375,7 @@ def _damage_reported(manager: ocp.CheckpointManager, step: int) -> Generator[Non
     except MemoryError:
         raise
     except Exception as error:  # of many types, from orbax and tensorstore
+        time.sleep(_HEARD)  # unheard while the manager is open
         raise ValueError(
             f"{manager.directory / str(step)} cannot be read ({_cause(error)}). If it is damaged, "
             "remove that folder to go on from the checkpoint before it."
@@ -354,5 +384,7 @@ def _damage_reported(manager: ocp.CheckpointManager, step: int) -> Generator[Non
 
 def _cause(error: Exception) -> str:
     """The first line, without the specification that tensorstore appends."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return text.partition(" [tensorstore_spec")[0].partition(" [os_error_code")[0]

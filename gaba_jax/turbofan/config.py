@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,8 @@ class TrainConfig:
     """Data, model, rule and protocol of one run. Defaults were chosen on validation engines."""
 
     data: Path | None = None
-    """folder of C-MAPSS text, plain or .gz, or N-CMAPSS file (.h5); None simulates a small fleet"""
+    """folder or .zip of C-MAPSS text, plain or .gz, or N-CMAPSS file (.h5); None simulates a small
+    fleet"""
     subset: Subset = "FD001"
     """which of the four subsets"""
     sensors_only: bool = False
@@ -97,6 +98,12 @@ class TrainConfig:
     """of the simulated fleet, the validation engines, the parameters and the batches"""
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'gaba'?"`` for a word that is nearly one of the known, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def rules() -> dict[str, Callable[..., weighting.Weighting]]:
     """The weightings that a name and options make: all that ``num_tasks`` is enough for."""
     found = {}
@@ -132,17 +139,19 @@ def parse_method(text: str) -> weighting.Weighting:
     name, _, listed = text.partition(":")
     known = rules()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"{text!r}: no weighting {name!r}.{hint} There are: {', '.join(sorted(known))}."
+            f"{text!r}: no weighting {name!r}.{did_you_mean(name, known)} There are: "
+            f"{', '.join(sorted(known))}."
         )
     options: dict[str, Any] = {}
     for item in filter(None, re.split(r",(?=\w+=)", listed)):
         key, equals, value = item.partition("=")
         if key not in inspect.signature(known[name]).parameters or not equals:
             takes = [p for p in inspect.signature(known[name]).parameters if p != "num_tasks"]
-            raise ValueError(f"{text!r}: {item!r} is no option of {name}, which takes {takes}.")
+            raise ValueError(
+                f"{text!r}: {item!r} is no option of {name}.{did_you_mean(key, takes)} It takes "
+                f"{', '.join(takes) or 'none'}."
+            )
         words = {"true": True, "false": False, "none": None}
         try:
             options[key] = words[value] if value in words else ast.literal_eval(value)
@@ -174,6 +183,15 @@ def make_weighting(config: TrainConfig) -> weighting.Weighting:
     return rule
 
 
+def warmup_steps(config: TrainConfig) -> int:
+    """Updates in which the rule of a run keeps equal weights, as published."""
+    name, _, options = config.weighting.partition(":")
+    if name != "gaba":
+        return 0
+    given = re.search(r"\bwarmup_steps=(\d+)", options)
+    return int(given[1]) if given else config.gaba.warmup_steps
+
+
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What the numbers of a run depend on, beside the data, which may lie in another folder."""
     named = dataclasses.asdict(config)
@@ -181,8 +199,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return named | {f"gaba.{name}": value for name, value in named.pop("gaba").items()}
 
 
-def check_config(config: TrainConfig, num_windows: int) -> None:
-    """Raises a ValueError that names the option which is out of its range."""
+def check_options(config: TrainConfig) -> None:
+    """Raises a ValueError that names the option which is out of its range, whatever the data."""
     for name, hint in typing.get_type_hints(TrainConfig).items():
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
         if choices and getattr(config, name) not in choices:
@@ -191,10 +209,6 @@ def check_config(config: TrainConfig, num_windows: int) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    if config.batch_size > num_windows:
-        raise ValueError(
-            f"batch_size={config.batch_size} is more than the {num_windows} training windows."
-        )
     for name in ("learning_rate", "clip_norm"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
@@ -204,12 +218,6 @@ def check_config(config: TrainConfig, num_windows: int) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be in [0, 1).")
     if not 0 <= config.weight_decay < float("inf"):
         raise ValueError(f"weight_decay={config.weight_decay} must be at least 0.")
-    steps = num_windows // config.batch_size
-    if not 0 <= round(config.warmup_epochs * steps) < config.epochs * steps:
-        raise ValueError(
-            f"warmup_epochs={config.warmup_epochs} must be at least 0 and less than the "
-            f"{config.epochs} epochs, of {steps} updates each."
-        )
     if config.measure == "stacked" and config.every > 1:
         raise ValueError(
             f'every={config.every} saves nothing with measure="stacked", whose gradients are there '
@@ -217,3 +225,18 @@ def check_config(config: TrainConfig, num_windows: int) -> None:
         )
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be at least 0.")
+
+
+def check_config(config: TrainConfig, num_windows: int) -> None:
+    """As :func:`check_options`, and for so many training windows."""
+    check_options(config)
+    if config.batch_size > num_windows:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {num_windows} training windows."
+        )
+    steps = num_windows // config.batch_size
+    if not 0 <= round(config.warmup_epochs * steps) < config.epochs * steps:
+        raise ValueError(
+            f"warmup_epochs={config.warmup_epochs} must be at least 0 and less than the "
+            f"{config.epochs} epochs, of {steps} updates each."
+        )

@@ -132,7 +132,7 @@ def load(
     """Read one subset from a folder and prepare it for a model.
 
     Args:
-        folder: Holds the three files, as in :func:`read_fleet`.
+        folder: Holds the three files, or is an archive of them, as in :func:`read_fleet`.
         subset: The files' common name. Defaults to ``"FD001"``.
         window: As in :func:`prepare`, as are all that follow.
         stride: Cycles between two windows, except those of ``test``.

@@ -1,9 +1,12 @@
 """Pictures of what the turbofan model predicts, as matplotlib Figures."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from gaba_jax import _drawing as drawing
 from gaba_jax.plot import COLORS
 from gaba_jax.turbofan.data import HEALTH_NAMES
 from gaba_jax.turbofan.metrics import confusion_matrix as count_confusions
@@ -35,6 +38,40 @@ def predicted_against_true(predicted_rul: ArrayLike, true_rul: ArrayLike) -> Fig
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return figure
+
+
+@drawing.styled
+def learning_curves(losses: ArrayLike, task_names: Sequence[str]) -> Figure:
+    """The training loss of each task over the updates, each on an axis of its own.
+
+    Every update faint, and the medians of 50 blocks of updates.
+
+    Args:
+      losses: [T, K], after each update.
+      task_names: K names.
+
+    Returns:
+      A Figure with K panels, one above the other.
+
+    Raises:
+      ValueError: the shape or the number of names does not fit.
+
+    Example:
+      >>> import numpy as np
+      >>> from gaba_jax.turbofan import plots
+      >>> figure = plots.learning_curves(np.ones((10, 2)), ["rul", "health"])
+      >>> [axes.get_ylabel() for axes in figure.axes]
+      ['rul loss', 'health loss']
+    """
+    (values,), at = drawing.over_steps({"losses": losses}, task_names, None)
+    figure = Figure(figsize=(drawing.WIDTH, 0.6 + 1.9 * len(task_names)), layout="constrained")
+    panels = figure.subplots(len(task_names), 1, sharex=True, squeeze=False)[:, 0]
+    for i, (axes, name) in enumerate(zip(panels, task_names, strict=True)):
+        drawing.faint_and_smooth(axes, at, drawing.positive(values[:, i]), **drawing.line(i))
+        axes.set_ylabel(f"{name} loss")
+        drawing.log_scale(axes)
+    panels[-1].set_xlabel("update")
     return figure
 
 

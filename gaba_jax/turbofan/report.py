@@ -89,9 +89,8 @@ def means(results: Sequence[Result]) -> Iterator[tuple[str, str, dict[str, float
 def table(results: Sequence[Result]) -> str:
     """The methods on one subset, as Markdown."""
     columns = [*METRICS.values(), *(f"weight, {task}" for task in TASKS)]
-    columns += ["gradient ratio", "contribution ratio", "step time / uniform", "diverged"]
+    columns += ["gradient ratio", "contribution ratio", "diverged"]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    uniform = _median([r["step_seconds"] for r in results if r["method"] == BASELINE])
     for label in _unique(results, "label"):
         runs = [r for r in results if r["label"] == label]
         whole = [r for r in runs if not r["diverged"]]
@@ -106,7 +105,6 @@ def table(results: Sequence[Result]) -> str:
             _number(_median([r[name] for r in whole]), 1)
             for name in ("gradient_ratio", "contribution_ratio")
         ]
-        cells.append(_number(_median([r["step_seconds"] for r in runs]) / uniform, 2))
         cells.append(f"{len(runs) - len(whole)} of {len(runs)}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -240,32 +238,35 @@ def detectable(differences: NDArray[np.float64], power: float = 0.8) -> float:
 
 
 def pareto(results: Sequence[Result]) -> Figure:
-    """RMSE against NASA score, means with standard deviations; the front is joined.
+    """The trade-off between the tasks: RMSE against health accuracy, up and to the left is better.
 
-    A method at more than twice the median of either is named, and not drawn.
+    Means with standard deviations. The front is joined: no method is better in both. A method whose
+    RMSE is more than twice the median, or whose accuracy less than half of it, is named and not
+    drawn.
     """
     means, spreads = {}, {}
     for label in _unique(results, "label"):
         scores = [r["test"] for r in results if r["label"] == label and not r["diverged"]]
         if scores:
-            values = _array([[score["rmse"], score["nasa_score"]] for score in scores])
+            values = _array([[score["rmse"], score["health_accuracy"]] for score in scores])
             means[label], spreads[label] = values.mean(axis=0), values.std(axis=0)
-    limit = 2 * np.nanmedian(_array(list(means.values()) or [[np.inf] * 2]), axis=0)
+    middle = np.nanmedian(_array(list(means.values()) or [[np.inf, 0]]), axis=0)
     figure = Figure(figsize=(8, max(4.2, 1 + 0.2 * len(means))), layout="constrained")
     axes = figure.subplots()
     points = []
     for i, (label, (x, y)) in enumerate(means.items()):
         color, marker = COLORS[i % len(COLORS)], "osD^v"[i // len(COLORS) % 5]
-        inside = x <= limit[0] and y <= limit[1]
+        inside = x <= 2 * middle[0] and y >= middle[1] / 2
         dx, dy = spreads[label]
         if inside:
             points.append((x, y))
         else:
             x, label = np.nan, f"{label} (far outside)"
         axes.errorbar(x, y, dy, dx, label=label, linewidth=1, color=color, marker=marker)
-    front = [p for p in points if not any(q[0] < p[0] and q[1] < p[1] for q in points)]
+    front = [p for p in points if not any(q[0] < p[0] and q[1] > p[1] for q in points)]
     axes.plot(*np.array(sorted(front)).reshape(-1, 2).T, color="0.6", linewidth=1, zorder=0)
-    axes.set(xlabel="test RMSE (cycles)", ylabel="NASA score", title=results[0]["subset"])
+    axes.set(xlabel="RUL: test RMSE (cycles)", ylabel="health: test accuracy")
+    axes.set_title(results[0]["subset"])
     axes.spines[["top", "right"]].set_visible(False)
     if points:
         figure.legend(loc="outside right center", frameon=False, fontsize="small")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gaba_jax import balance_metrics, weighting
 from gaba_jax.turbofan import ncmapss, simulator
+from gaba_jax.turbofan._budget import Budget
 from gaba_jax.turbofan._loop import Carry, Params, Stats, make_program
 from gaba_jax.turbofan.checkpoints import Checkpoints, Snapshot, Stopped
 from gaba_jax.turbofan.config import TASKS as TASKS
@@ -90,10 +91,10 @@ def train(
         those of the epochs that were finished before.
       checkpoints: where and how often to save the run, and whether to resume it. Defaults to
         None, no checkpoints.
-      budget: minutes from this call; the run ends before the epoch that would not fit, but not
-        before one.
-        Its parameters are then the best so far with ``early_stopping``, the last without; with
-        checkpoints it can be resumed. Defaults to None, all epochs.
+      budget: minutes from this call, after which the run ends, also within an epoch, but not before
+        one update. An epoch that was not finished is evaluated and recorded like the others, with
+        fewer updates. The parameters are then the best so far with ``early_stopping``, the last
+        without; with checkpoints the run can be resumed. Defaults to None, all epochs.
 
     Returns:
       A :class:`Run`; its ``summary`` can be written as JSON.
@@ -179,8 +180,7 @@ def _train_seeds(
     budget: float | None = None,
 ) -> list[Run]:
     check_config(config, len(data.train.rul))
-    if budget is not None and not budget > 0:
-        raise ValueError(f"budget={budget} must be positive, in minutes.")
+    pace = Budget(budget)
     started = time.perf_counter()
     num_windows = len(data.train.rul)
     steps = num_windows // config.batch_size
@@ -198,6 +198,7 @@ def _train_seeds(
     carries = program.init(seeds)
     best: Any = (carries.params, carries.stats) if config.early_stopping is not None else ()
     on_device = jax.device_put(data.train)
+    evaluated = sum(len(s.rul) for s in (data.validation, data.test, data.test_all) if s)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     total = config.epochs * steps
     history = {name: np.zeros([len(seeds), total, len(TASKS)], np.float32) for name in _HISTORY}
@@ -210,8 +211,22 @@ def _train_seeds(
         """Of the first seed. In numpy, since arrays bound to a device would compile once more."""
         return jax.tree.map(lambda leaf: np.asarray(leaf[0]), carries._asdict() | {"best": best})
 
+    def evaluate(since: int) -> Any:
+        """Adds the scalars of the updates since the given one; returns what was evaluated."""
+        began = time.perf_counter()
+        variables = program.evaluated(carries)
+        predicted = predict(variables, data.validation)
+        validation = [scores(data.validation, *each) for each in predicted]
+        for i, found in enumerate(validation):
+            state = jax.tree.map(lambda leaf, i=i: leaf[i], carries.balance)
+            losses = history["losses"][i, since:done]
+            scalars[i].append(epoch_scalars(losses, found, balance_metrics(state, TASKS)))
+        took = time.perf_counter() - began
+        pace.note_evaluation(took * evaluated / len(data.validation.rul))
+        return variables, validation
+
     def finish(epoch: int) -> None:
-        rows = slice((epoch - 1) * steps, epoch * steps)
+        rows = slice((epoch - 1) * steps, min(epoch * steps, done))
         for i in range(len(seeds)):
             record = EpochRecord(
                 epoch, scalars[i][epoch - 1], *(history[name][i, rows] for name in _HISTORY)
@@ -220,13 +235,13 @@ def _train_seeds(
         on_epoch([each[-1] for each in records])
 
     def end() -> str | None:
-        """Why no further epoch is begun, between epochs."""
+        """Why no further update is done."""
         if done == total:
             return "all epochs"
-        if config.early_stopping is not None and _stalled(scalars[0]) >= config.early_stopping:
+        patience = config.early_stopping
+        if patience is not None and done % steps == 0 and _stalled(scalars[0]) >= patience:
             return "early stopping"
-        so_far = time.perf_counter() - started
-        if budget is not None and done > resumed_at and so_far + seconds[-1] > 60 * budget:
+        if done > resumed_at and pace.over(time.perf_counter() - started):
             return "budget"
         return None
 
@@ -234,6 +249,12 @@ def _train_seeds(
         saved_as = identity(config) | {"tasks": list(TASKS), "data": _fingerprint(data)}
         snapshot = checkpoints.start(first_state(), saved_as, identity(TrainConfig()))
         if snapshot is not None:
+            if len(snapshot.scalars) != snapshot.step // steps or snapshot.step > total:
+                raise ValueError(
+                    f"{checkpoints.directory / str(snapshot.step)} is damaged: it has the scores "
+                    f"of {len(snapshot.scalars)} epochs of {steps} updates. Remove that folder to "
+                    "go on from the checkpoint before it."
+                )
             state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], snapshot.state)
             best = state.pop("best")
             carries = Carry(**state)
@@ -255,28 +276,24 @@ def _train_seeds(
         if checkpoints is not None:
             stop = min(stop, start + checkpoints.every - done % checkpoints.every)
         before = time.perf_counter()
+        stop = start + pace.at_once(before - started, stop - start)
         carries, record = jax.block_until_ready(
             program.train_chunk(carries, keys, orders, epoch + 1, start, stop, on_device)
         )
         seconds[-1] += time.perf_counter() - before
+        pace.note(stop - start, time.perf_counter() - before)
         for name, values in zip(_HISTORY, record, strict=True):
             history[name][:, done : done + stop - start] = np.asarray(values)[:, start:stop]
         done += stop - start
         if stop == steps:
-            variables = program.evaluated(carries)
-            predicted = predict(variables, data.validation)
-            validation = [scores(data.validation, *each) for each in predicted]
-            for i, found in enumerate(validation):
-                state = jax.tree.map(lambda leaf, i=i: leaf[i], carries.balance)
-                losses = history["losses"][i, done - steps : done]
-                scalars[i].append(epoch_scalars(losses, found, balance_metrics(state, TASKS)))
+            variables, validation = evaluate(done - steps)
             carries = program.end_epoch(
                 carries, jnp.array([found.get("rmse", jnp.inf) for found in validation])
             )
             if config.early_stopping is not None and not _stalled(scalars[0]):
                 best = variables
             finish(epoch + 1)
-            ended = end()
+        ended = end()
         if checkpoints is not None:
             stopped = checkpoints.stop()
             if stopped or done % checkpoints.every == 0 or ended is not None:
@@ -293,6 +310,11 @@ def _train_seeds(
                 checkpoints.save(snapshot, saved_as)
             if stopped:
                 raise Stopped(f"stopped after update {done} of {total}")
+    if done % steps:  # what is saved ends with whole epochs
+        variables, _ = evaluate(done - done % steps)
+        if config.early_stopping is not None and not _stalled(scalars[0]):
+            best = variables
+        finish(done // steps + 1)
     variables = program.evaluated(carries) if config.early_stopping is None else best
     splits = {"validation": data.validation, "test": data.test}
     if data.test_all is not None:
@@ -309,7 +331,7 @@ def _train_seeds(
         )
         summary["parameters"] = sum(leaf[i].size for leaf in jax.tree.leaves(variables[0]))
         summary["ended"] = ended
-        summary["epochs"] = len(records[i])
+        summary["epochs"] = done // steps
         summary["evaluated_epoch"] = len(records[i])
         if config.early_stopping is not None:
             summary["evaluated_epoch"] -= _stalled(scalars[i])
@@ -320,12 +342,17 @@ def _train_seeds(
         summary["diverged"] = not (summary["validation"] and summary["test"])
         summary["timing"] = {
             "seconds": (elapsed + time.perf_counter() - started) / len(seeds),
-            # The first epoch compiles.
-            "step_seconds": float(np.median(seconds[1:] or seconds)) / (steps * len(seeds)),
+            "step_seconds": _step_seconds(seconds, steps, done) / len(seeds),
         }
         of_run = [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in variables]
         runs.append(Run(of_run[0], of_run[1], records[i], *predictions["test"][i], summary))
     return runs
+
+
+def _step_seconds(seconds: Sequence[float], steps: int, done: int) -> float:
+    """The median over whole epochs without the first, which compiles, where there are others."""
+    whole = seconds[: done // steps]
+    return float(np.median(whole[1:] or whole)) / steps if whole else seconds[0] / done
 
 
 def _stalled(scalars: Sequence[dict[str, float]]) -> int:

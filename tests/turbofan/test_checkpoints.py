@@ -28,6 +28,7 @@ from gaba_jax.turbofan.data import Normalization, Split, TurbofanData
 from gaba_jax.turbofan.model import CompactModel
 from gaba_jax.turbofan.train import GabaOptions, TrainConfig, load_data, make_weighting, train
 from tests.runs import after, assert_same_run
+from tests.slow import rest_slow
 from tests.soak import SOAK
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -282,7 +283,7 @@ def test_a_later_format_says_to_upgrade(tmp_path):
     file = tmp_path / "c" / "4" / "run" / "metadata"
     kept = json.loads(file.read_text())
     file.write_text(json.dumps(kept | {"format": checkpoints.FORMAT + 1, "version": "9.0"}))
-    with pytest.raises(ValueError, match=r"format 2, written by gaba_jax 9\.0.*pip install --upg"):
+    with pytest.raises(ValueError, match=r"format 2, written by gaba_jax 9\.0.*git pull"):
         restore(tmp_path / "c", state_of(TINY, 4, 2))
 
 
@@ -293,6 +294,68 @@ def test_a_damaged_checkpoint_names_its_folder(lost, tmp_path):
     with pytest.raises(ValueError, match=r"c/4 cannot be read \(.*\)\. If it is dam") as said:
         restore(tmp_path / "c", state_of(TINY, 4, 2))
     assert "\n" not in str(said.value)
+
+
+ABOUT = json.loads((FIXTURE / "checkpoints" / "4" / "run" / "metadata").read_text())
+FILES = sorted(
+    str(path.relative_to(FIXTURE / "checkpoints" / "4"))
+    for path in (FIXTURE / "checkpoints" / "4").rglob("*")
+    if path.is_file()
+)
+
+
+def refusal_of(folder, capfd):
+    """The message of a resume that fails, None of one that does not; nothing else is printed."""
+    try:
+        Checkpoints(folder, 100, resume=True).start(state_of(TINY, 4, 2), ABOUT["run"], {})
+    except (ValueError, OSError) as error:
+        said = str(error)
+    else:
+        said = None
+    assert capfd.readouterr() == ("", "")
+    assert "\n" not in (said or "")
+    return said
+
+
+WRONG = [
+    {"run": []},
+    {"scalars": []},
+    {"scalars": [1]},
+    {"format": "x"},
+    {"rng_impl": 5},
+    {"seconds": None},
+    {"elapsed": "long"},
+    {},
+]
+
+
+@pytest.mark.parametrize("wrong", rest_slow(WRONG, fast=WRONG[:2]), ids=str)
+def test_a_checkpoint_whose_json_is_wrong_is_refused_in_one_line(wrong, tmp_path, capfd):
+    shutil.copytree(FIXTURE / "checkpoints", tmp_path / "c")
+    about = ABOUT | wrong if wrong else {}
+    (tmp_path / "c" / "4" / "run" / "metadata").write_text(json.dumps(about))
+    assert "c/4 cannot be read (" in refusal_of(tmp_path / "c", capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["lost", "empty", "half", "noise"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_refused_in_one_line_or_not_needed(name, damage, tmp_path, capfd):
+    shutil.copytree(FIXTURE / "checkpoints", tmp_path / "c")
+    path = tmp_path / "c" / "4" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "lost":
+        changed = {"empty": b"", "half": content[: len(content) // 2], "noise": b"\x93\x00?" * 20}
+        path.write_bytes(changed[damage])
+    said = refusal_of(tmp_path / "c", capfd)
+    if name in ("arrays/_METADATA", "run/metadata", "arrays/manifest.ocdbt"):
+        assert "c/4 cannot be read (" in said
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, capfd):
+    (tmp_path / "c").write_text("")
+    assert "c is a file, and no folder of checkpoints" in refusal_of(tmp_path / "c", capfd)
 
 
 def test_a_sharding_that_does_not_fit_is_no_damage():

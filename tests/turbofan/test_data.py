@@ -2,6 +2,7 @@
 
 import gzip
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from gaba_jax.turbofan import data
 
+NAMES = ("train_FD001.txt", "test_FD001.txt", "RUL_FD001.txt")
 SUBSETS = ("FD001", "FD002", "FD003", "FD004")
 ALTITUDES = {1: [0], 6: [0, 10, 20, 25, 35, 42]}
 CONDITIONS = {"FD001": 1, "FD002": 6, "FD003": 1, "FD004": 6}
@@ -279,6 +281,67 @@ def test_a_missing_folder_or_path_is_named(tmp_path: Path) -> None:
         data.read_table(tmp_path / "nothing.txt")
     with pytest.raises(FileNotFoundError, match=r"there is none"):
         data.load(tmp_path)
+
+
+def same(one: data.Fleet, other: data.Fleet) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def packed(folder: Path, inside: str = "") -> Path:
+    """An archive of the text files of a folder, which go."""
+    archive = folder / "CMAPSSData.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for path in sorted(folder.glob("*.txt")):
+            opened.write(path, inside + path.name)
+            path.unlink()
+    return archive
+
+
+@pytest.mark.parametrize("inside", ["", "CMAPSSData/"])
+def test_a_zip_archive_is_read_or_a_folder_that_holds_it(tmp_path: Path, inside: str) -> None:
+    archive = packed(save(fleet(), tmp_path), inside)
+    assert same(data.read_fleet(archive), fleet())
+    assert same(data.read_fleet(tmp_path), fleet())
+    missing = rf"train_FD007.txt is missing.*there is .*zip/{inside}train_FD001.txt"
+    with pytest.raises(FileNotFoundError, match=missing):
+        data.read_fleet(archive, "FD007")
+
+
+def test_a_broken_archive_is_named(tmp_path: Path) -> None:
+    archive = packed(save(fleet(), tmp_path))
+    whole = archive.read_bytes()
+    for content in (whole[:60] + b"0000" + whole[64:], whole[:-30], b"not a zip archive"):
+        archive.write_bytes(content)
+        with pytest.raises(ValueError, match=r"zip.*(cannot be unpacked|no valid zip archive)"):
+            data.read_fleet(tmp_path)
+    with pytest.raises(ValueError, match=r"zip is a file that is neither one of the C-MAPSS"):
+        data.read_fleet(archive)
+
+
+def test_an_archive_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    for name, content in zip(NAMES, (" " * 2**24, "", ""), strict=True):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"zip/train_FD001.txt unpacks to more than"):
+        data.read_fleet(packed(tmp_path))
+
+
+def test_the_path_of_one_of_the_files_will_do(tmp_path: Path) -> None:
+    save(fleet(), tmp_path)
+    for name in NAMES:
+        assert same(data.read_fleet(tmp_path / name), fleet())
+    with pytest.raises(ValueError, match="is a file of the subset FD001, and subset=FD003: pass"):
+        data.read_fleet(tmp_path / "train_FD001.txt", "FD003")
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(ValueError, match=r"readme\.txt is a file that is neither one of"):
+        data.read_fleet(tmp_path / "readme.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-8"])
+def test_files_with_a_mark_of_their_encoding(tmp_path: Path, encoding: str) -> None:
+    """As PowerShell writes them."""
+    for path in save(fleet(), tmp_path).glob("*.txt"):
+        path.write_bytes(("\ufeff" + path.read_text()).replace("\n", "\r\n").encode(encoding))
+    assert same(data.read_fleet(tmp_path), fleet())
 
 
 def test_tables_in_memory_are_checked_too() -> None:

@@ -384,7 +384,7 @@ def test_another_file_or_none_is_named(tmp_path: Path) -> None:
 
 def test_without_h5py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ImportError, match=r'pip install "gaba-jax\[turbofan\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[turbofan\]"'):
         ncmapss.load("any.h5")
 
 

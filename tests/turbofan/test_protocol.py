@@ -281,13 +281,17 @@ def a_minute_each(monkeypatch):
 @pytest.mark.usefixtures("a_minute_each")
 @pytest.mark.parametrize(
     ("minutes", "epochs", "ended"),
-    [(1e-9, 1, "budget"), (2.9, 2, "budget"), (3.1, 3, "budget"), (4.1, 4, "all epochs")],
+    [(1e-9, 0, "budget"), (2.9, 2, "budget"), (3.1, 3, "budget"), (4.1, 4, "all epochs")],
 )
-def test_a_budget_ends_before_the_epoch_that_would_not_fit(minutes, epochs, ended, data):
+def test_a_budget_ends_a_run_in_time_also_within_an_epoch(minutes, epochs, ended, data):
     run = train(data, PLAIN, budget=minutes)
+    updates = run.summary["updates"]
     assert run.summary["ended"] == ended
-    assert run.summary["epochs"] == run.summary["evaluated_epoch"] == len(run.records) == epochs
-    assert run.summary["updates"] == epochs * STEPS
+    assert run.summary["epochs"] == epochs == updates // STEPS
+    assert updates == sum(len(record.losses) for record in run.records)
+    assert len(run.records) == run.summary["evaluated_epoch"] == -(-updates // STEPS)
+    if ended == "budget":
+        assert updates == max(1, int(minutes * STEPS))
     assert run.summary["validation"]["rmse"] == run.records[-1].scalars["validation/rmse"]
 
 
@@ -297,6 +301,7 @@ def test_a_budget_leaves_the_best_so_far(data, whole):
     run = train(data, EVERYTHING, budget=best + 1.5)
     assert run.summary["ended"] == "budget"
     assert (run.summary["epochs"], run.summary["evaluated_epoch"]) == (best + 1, best)
+    assert run.summary["updates"] == int((best + 1.5) * STEPS)
     jax.tree.map(np.testing.assert_array_equal, run.params, whole.params)
 
 
@@ -306,11 +311,11 @@ ONE_OF_THEM = rest_slow([PLAIN, EVERYTHING], fast=[EVERYTHING])
 @pytest.mark.parametrize("config", ONE_OF_THEM, ids=["plain", "everything"])
 def test_after_a_budget_it_can_go_on(config, data, tmp_path):
     short = train(data, config, checkpoints=Checkpoints(tmp_path, 1000), budget=1e-9)
-    assert (short.summary["ended"], short.summary["epochs"]) == ("budget", 1)
+    assert (short.summary["ended"], short.summary["updates"]) == ("budget", 1)
     seen = []
     folder = Checkpoints(tmp_path, 1000, resume=True, on_resume=seen.append)
     assert_same_run(train(data, config, checkpoints=folder), train(data, config))
-    assert seen == [STEPS]
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan")])
