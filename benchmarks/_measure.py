@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gaba_jax import weighting
 from gaba_jax.weighting import TaskStats
 
 LEAST_ROUNDS = 5
@@ -111,7 +112,18 @@ def task_stats(rows: np.ndarray) -> TaskStats:
         losses=jnp.ones([num_tasks], jnp.float32),
         present=jnp.ones([num_tasks], bool),
         elapsed=jnp.int32(1),
+        extra=of_elements(rows),
     )
+
+
+def of_elements(rows: np.ndarray) -> dict[str, jax.Array]:
+    """What the ready statistics are of the gradients [K, n]."""
+    found = {
+        weighting.max_abs: np.abs(rows).max(axis=1),
+        weighting.mean_abs: np.abs(rows).mean(axis=1),
+        weighting.std: rows.std(axis=1),
+    }
+    return {statistic.name: jnp.asarray(x, jnp.float32) for statistic, x in found.items()}
 
 
 def show_goals(met: Mapping[str, bool]) -> None:

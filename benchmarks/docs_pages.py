@@ -243,8 +243,8 @@ def slices() -> str:
                 rows.append((title, path, *cells))
     versions = document["versions"]
     return (
-        f"{document['machine']}; jax {versions['jax']}; {versions['torchjd']} of TorchJD on PyTorch "
-        f"{versions['torch'].split('+')[0]}.\n\n"
+        f"{document['machine']}; jax {versions['jax']}; TorchJD {versions['torchjd']}, "
+        f"its engine and UPGrad beside `upgrad`, on PyTorch {versions['torch'].split('+')[0]}.\n\n"
         + table(("", "path", "ms", "time / plain", "memory / plain"), rows)
         + "\n"
     )
@@ -279,13 +279,73 @@ def control() -> str:
     return table(("", *COLUMNS), rows) + "\n"
 
 
+def control_updates() -> str:
+    """Actor-critic updates."""
+    from benchmarks.control import update_cells
+
+    document = read("control")
+    columns = [f"{what}, K = {k}" for k in document["updates"] for what in ("ms", "time", "memory")]
+    first = next(iter(document["updates"].values()))
+    rows = [
+        (path, *(cell for of in document["updates"].values() for cell in update_cells(of[path])))
+        for path in first
+    ]
+    return where(document) + table(("", *columns), rows) + "\n"
+
+
+def auxiliary() -> str:
+    """A main loss with auxiliaries."""
+    from benchmarks.auxiliary import COLUMNS, cells
+
+    document = read("auxiliary")
+    times = document["times"]
+    rows = [(name, *cells(row, times.get(name))) for name, row in document["results"].items()]
+    return table(("", *COLUMNS), rows) + "\n"
+
+
+def physics() -> str:
+    """Physics-informed networks: every rule on every problem."""
+    from benchmarks.physics import FIXED, RULES, at_equal_time
+
+    results = read("physics")["results"]
+    rows = []
+    for method in RULES:
+        cells, times = [], []
+        for result in results.values():
+            of, time = result["adam"][method], result["times"][method]
+            final = statistics.mean(row[0] for row in of["errors"][-1])
+            timed = statistics.mean(at_equal_time(of, time))
+            cells.append(f"{final:.2g}, {timed:.2g}")
+            times.append(time)
+        step = "1" if method == FIXED else f"{min(times):.2f} to {max(times):.2f}"
+        rows.append((method, *cells, step))
+    head = ("relative L2 error, at equal steps and equal time", *results, "step / fixed")
+    return table(head, rows) + "\n"
+
+
+def preconditioned() -> str:
+    """The same with other optimizers."""
+    results = read("physics")["results"]
+    rows = []
+    for optimizer in ("adam", "muon", "lbfgs"):
+        for method in ("fixed", "equalize"):
+            cells = []
+            for result in results.values():
+                of = result[optimizer][method]
+                last = of if optimizer == "lbfgs" else [row[0] for row in of["errors"][-1]]
+                cells.append(f"{statistics.mean(last):.2g}")
+            rows.append((f"{optimizer}, {method}", *cells))
+    return table(("relative L2 error", *results), rows) + "\n"
+
+
 def tables() -> dict[str, dict[str, str]]:
     """What stands after each marker, by page."""
     return {
         "choose_a_path.md": {start(part.__name__): part() for part in (which, large_models)},
         "slices.md": {start(part.__name__): part() for part in (slices, slices_goals)},
         "instance_wise.md": {start("instance_wise"): instance_wise()},
-        "control.md": {start("control"): control()},
+        "auxiliary_losses.md": {start("auxiliary"): auxiliary()},
+        "control.md": {start(part.__name__): part() for part in (control, control_updates)},
         "published_experiment.md": {start("full_model"): full_model()},
         "benchmarks.md": {
             start(part.__name__): part()

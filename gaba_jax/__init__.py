@@ -36,14 +36,15 @@ from importlib.metadata import version
 
 from gaba_jax import controller, monitor, weighting
 from gaba_jax._accumulate import TaskMultiSteps
+from gaba_jax._aggregators import grad_drop, trimmed_mean
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._diagnose import diagnose
 from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._example_norms import example_norms
 from gaba_jax._per_task import per_task
-from gaba_jax._selection import exclude, only
+from gaba_jax._selection import exclude, group_names, only
 from gaba_jax._state import BalanceState
-from gaba_jax._transform import balance, equalize, gaba, gradnorm
+from gaba_jax._transform import balance, by_group, equalize, gaba, gradnorm
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
 from gaba_jax.monitor import balance_metrics
 from gaba_jax.weighting import TaskStats, Weighting
@@ -60,17 +61,21 @@ __all__ = [
     "balance",
     "balance_metrics",
     "balanced_value_and_grad",
+    "by_group",
     "controller",
     "diagnose",
     "equalize",
     "example_norms",
     "exclude",
     "gaba",
+    "grad_drop",
     "gradnorm",
+    "group_names",
     "monitor",
     "only",
     "per_task",
     "task_names",
     "task_value_and_grad",
+    "trimmed_mean",
     "weighting",
 ]

@@ -15,7 +15,7 @@ from gaba_jax import _passes
 from gaba_jax._checks import check_driver_arguments, check_params
 from gaba_jax._gradients import TaskGradients, of_tasks, task_gradients
 from gaba_jax._passes import Pass
-from gaba_jax._selection import OVERWRITTEN, Selection, Selector, select
+from gaba_jax._selection import OVERWRITTEN, Groups, Selection, Selector, check_groups, select
 from gaba_jax._slices import Sliced, slices_of
 from gaba_jax._state import (
     BalanceState,
@@ -63,6 +63,7 @@ def balanced_value_and_grad(
     measure_on: Selector | None = None,
     weight_task_specific: bool = True,
     nonfinite: Nonfinite = "propagate",
+    groups: Groups | None = None,
     per_device: bool = False,
 ) -> BalancedGradient:
     r"""Evaluates K losses and their one balanced gradient, from one forward pass.
@@ -108,8 +109,11 @@ def balanced_value_and_grad(
         leave are within 2x of each other in the median (``benchmarks.encoder``). ``shared`` and
         ``measure_on`` do not matter to it.
       every: measure at the first and then every n-th update, default 1. In between the weights
-        are held, at the cost of a plain step. Averages keep their time constant in updates. Where
-        tasks are kept apart (a ``task_mask``, ``nonfinite="drop"``), or the backward pass is not
+        are held, at the cost of a plain step. Averages keep their time constant in updates: the
+        ``beta`` of a rule is a decay per update, and a measurement n updates after the last one
+        keeps ``beta**n`` of the average. With ``every=1000`` a ``beta`` of 0.9 keeps nothing. A
+        code that keeps 0.9 at every measurement has ``beta=0.9 ** (1 / 1000)`` here. Where tasks
+        are kept apart (a ``task_mask``, ``nonfinite="drop"``), or the backward pass is not
         linear (a gradient clipped inside the model), a held update passes backward per task too.
       microbatch_size: run the batch in parts of this size, with the activations of one part in
         memory; the losses must be means over the batch. Norms are those of the mean gradient. All
@@ -127,6 +131,10 @@ def balanced_value_and_grad(
       weight_task_specific: see :func:`balance`.
       nonfinite: "propagate" (default), or "drop"; see :func:`balance`. "drop" needs losses that are
         returned apart (tuple, list, dict) and no ``encoder``.
+      groups: None (default), one set of weights. "top", "leaf" or a function: one for each group of
+        parameters, see :func:`by_group`. All groups are measured at once. A held update, and one of
+        a rule that reads no gradients, passes backward per task too; with ``microbatch_size`` the
+        sum takes a backward pass per group. It excludes ``encoder``, whose norms belong to none.
       per_device: True says that every device has a model of its own, inside ``jax.pmap`` or
         ``jax.shard_map(check_vma=False)``. By default both raise, since each device would measure
         its own part of the batch and JAX does not tell.
@@ -176,6 +184,13 @@ def balanced_value_and_grad(
     check_driver_arguments(shared, weight_task_specific, nonfinite)
     _check_arguments(measure, encoder, every, microbatch_size, nonfinite)
     _check_slices(weighting, in_axes, encoder, microbatch_size)
+    if groups is not None:
+        check_groups(groups)
+        if encoder is not None:
+            raise ValueError(
+                "groups=... needs the gradients of each group of parameters, and with encoder=... "
+                "norms are those on the features, which belong to no group. Leave one of them out."
+            )
     driver = _Driver(
         losses_fn,
         weighting,
@@ -189,6 +204,7 @@ def balanced_value_and_grad(
         measure_on,
         weight_task_specific,
         nonfinite,
+        groups,
         per_device,
     )
     return BalancedGradient(driver.init, driver.value_and_grad)
@@ -209,11 +225,16 @@ class _Driver(NamedTuple):
     measure_on: Selector | None
     weight_task_specific: bool
     nonfinite: Nonfinite
+    groups: Groups | None
     per_device: bool
 
     def init(self, params: Any) -> BalanceState:
-        select(self.shared, self.measure_on, params)
-        return init_state(self.weighting, len(jax.tree.leaves(params)))
+        num_groups = self.selection(params).num_groups()
+        return init_state(self.weighting, len(jax.tree.leaves(params)), num_groups)
+
+    def selection(self, params: Any) -> Selection:
+        """Which leaves are shared and measured, and their groups."""
+        return select(self.shared, self.measure_on, params, self.weight_task_specific, self.groups)
 
     def value_and_grad(
         self,
@@ -225,7 +246,8 @@ class _Driver(NamedTuple):
         **kwargs: Any,
     ) -> tuple[tuple[Any, Any], BalanceState]:
         check_params(params)
-        check_state(state, len(jax.tree.leaves(params)), self.weighting)
+        selection, num_leaves = self.selection(params), len(jax.tree.leaves(params))
+        check_state(state, num_leaves, self.weighting, selection.num_groups())
         present, sliced = task_presence(task_mask, self.weighting.num_tasks), None
         if self.in_axes is not None:
             slices = slices_of(self.in_axes, args, task_ids, self.weighting.num_tasks)
@@ -238,7 +260,7 @@ class _Driver(NamedTuple):
             )
         update = _Update(
             self,
-            select(self.shared, self.measure_on, params, self.weight_task_specific),
+            selection,
             params,
             state,
             present,
@@ -405,7 +427,8 @@ class _Update(NamedTuple):
         """Per leaf the [K] factors by the weights from before, and whether it is overwritten."""
         weights = restrict(self.driver.weighting, self.state.next_task_weights, usable)
         factors = self.selection.coefficients(weights, usable)
-        return [weights if each is None else each for each in factors], [
+        unread = jnp.zeros(usable.shape, weights.dtype)
+        return [unread if each is None else each for each in factors], [
             each is None for each in factors
         ]
 

@@ -65,7 +65,7 @@ def over_steps(
 
 def panels(count: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """Panels one above the other, on the same updates."""
-    figure = Figure(figsize=(WIDTH, 2.9 if count == 1 else 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + 1.5 * count), layout="constrained")
     each = figure.subplots(count, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0]
     return figure, list(each)
 

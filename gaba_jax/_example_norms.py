@@ -57,7 +57,7 @@ def example_norms(
     """
     check_params(params)
     slices = slices_of(in_axes, batch)
-    _, _, leaves = Sliced(loss_fn, None, False, slices, batch, {}).backward(params)
+    _, _, leaves = Sliced(loss_fn, None, False, slices, batch, {}).backward(params, cosines)
     every = (True,) * len(leaves)
     measurement = measure(leaves, every, slices.number, Reads(cosines=cosines))
     norms = combine_norms(measurement.norms, jnp.array(every))

@@ -63,7 +63,8 @@ def task_gradients(
         if reads is None and not apart:
             return pulled(run, nothing, selection)
         return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
-    once = not apart and program.is_linear()
+    # One backward pass has one set of weights.
+    once = not apart and program.is_linear() and selection.groups is None
     if once and reads is None:
         return pulled(run, nothing, selection)
     from gaba_jax import _cut

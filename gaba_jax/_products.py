@@ -20,7 +20,7 @@ from gaba_jax._cut import (
 )
 from gaba_jax._meshes import is_explicit, replicated
 from gaba_jax._program import Program
-from gaba_jax._statistics import Look, as_cosines, norms_of, wide
+from gaba_jax._statistics import Look, as_cosines, norms_of, sum_over_parts, wide
 
 _HIGHEST = lax.Precision.HIGHEST
 # Squares of smaller norms lose digits at the end of float32's range: they are taken once more.
@@ -78,15 +78,20 @@ class Form(NamedTuple):
         return self.after(eqn.primitive.bind(*sides, **(eqn.params | numbers)))
 
 
-def form_of(program: Program, leaf: Any) -> Form | None:
-    """How a leaf of one slice is made of factors, where they are the smaller thing to keep."""
+def form_of(program: Program, leaf: Any, with_cosines: bool) -> Form | None:
+    """How a leaf of one slice is made of factors, where they are the cheaper thing to keep.
+
+    Without cosines that is the smaller one. With them the gradients are needed twice, in blocks and
+    in the sum, if they are not kept: then they may have up to twice the size.
+    """
     terms = find_terms(program, leaf, lambda add: True)
     if not terms:
         return None
     first = terms[0]
     table = first.eqns[0].outvars[0].aval.shape[0] if first.is_lookup else None  # pyright: ignore
     depth = 1 if table else leaf.aval.size // max(first.columns(), 1)
-    if sum(term.rows() for term in terms) * (depth + first.columns()) >= leaf.aval.size:
+    factors = sum(term.rows() for term in terms) * (depth + first.columns())
+    if factors * (2 if with_cosines else 1) >= leaf.aval.size:
         return None
     num_rows = len(first.cut_rows) if len(terms) == 1 else 1
     return Form(terms, num_rows, table, program.path(first.eqns[1:]))
@@ -146,7 +151,7 @@ class Products(NamedTuple):
         cosines = None
         if with_cosines and gram is not None:
             divisor = jnp.where(root > 0, root, 1)
-            cosines = as_cosines(gram / divisor[:, None] / divisor)
+            cosines = as_cosines(gram / divisor[:, None] / divisor[None])
         doubt = in_doubt(root, most) | ((root < _SMALLEST) & (most > 0))
         return Look(root.astype(jnp.float32), cosines, doubt)
 
@@ -225,20 +230,9 @@ class Products(NamedTuple):
             axes = tuple(range(1, part.ndim))
             return lax.dot_general(part, part, ((axes, axes), ((), ())), precision=_HIGHEST)
 
-        depth = known.shape[axis]
         # As large as both factors together.
-        block = max(1, depth * (known.size + cut.size) // (len(cut) * self.of_one.size))
-
-        def add(i: Array, total: Array) -> Array:
-            part = lax.dynamic_slice_in_dim(known, i * block, block, axis)
-            return total + of_block(part)
-
-        number, rest = divmod(depth, block)
-        total = jnp.zeros([len(cut)] * 2, cut.dtype)
-        total = lax.fori_loop(0, number, add, total)
-        if rest:
-            total = total + of_block(lax.slice_in_dim(known, depth - rest, depth, axis=axis))
-        return total
+        most = known.size * (known.size + cut.size) // (len(cut) * self.of_one.size)
+        return sum_over_parts(of_block, known, axis, most)
 
 
 class _Pair(NamedTuple):
@@ -259,11 +253,10 @@ class _Pair(NamedTuple):
         """The squared norm of the gradient, and the sum of the norms of its rows' gradients."""
         products = self.products(self)
         n = products.ndim // 2
-        own = jnp.ones([], bool)
-        for axis in range(n):
-            own &= jax.lax.broadcasted_iota(jnp.int32, products.shape, axis) == (
-                jax.lax.broadcasted_iota(jnp.int32, products.shape, axis + n)
-            )
+        places = [lax.broadcasted_iota(jnp.int32, products.shape, i) for i in range(products.ndim)]
+        own = jnp.ones(products.shape, bool)
+        for one, other in zip(places[:n], places[n:], strict=True):
+            own &= one == other
         return jnp.sum(products), jnp.sum(jnp.where(own, jnp.sqrt(jnp.maximum(products, 0)), 0))
 
 

@@ -59,13 +59,17 @@ class Slices(NamedTuple):
     def members(self) -> Bool[Array, "tasks slices"]:
         """Which slices a task has."""
         assert self.ids is not None
-        return jnp.arange(self.num_tasks)[:, None] == self.ids
+        return jnp.arange(self.num_tasks)[:, None] == self.ids[None]
 
     def counts(self) -> Array:
         """[K], the number of slices of each task."""
         if self.ids is None:
             return jnp.ones([self.num_tasks], jnp.int32)
         return jnp.sum(self.members(), axis=1, dtype=jnp.int32)
+
+    def shares(self) -> Array:
+        """[K], the part of a task's mean that each of its slices is."""
+        return 1 / jnp.maximum(self.counts(), 1)
 
     def means(self, values: Array) -> Array:
         """[K, ...] from [N, ...]: the mean over a task's slices, 0 where it has none."""
@@ -77,14 +81,13 @@ class Slices(NamedTuple):
             sums = jnp.sum(jnp.where(members, accurate, 0), axis=1)
         else:  # a slice of no task has no row to be added to
             sums = jax.ops.segment_sum(accurate, self.ids, self.num_tasks)
-        counts = jnp.maximum(self.counts(), 1).astype(sums.dtype)
-        return (sums / each_task(counts, sums)).astype(values.dtype)
+        return (sums * each_task(self.shares().astype(sums.dtype), sums)).astype(values.dtype)
 
     def factors(self, of_tasks: Shaped[Array, " tasks"]) -> Shaped[Array, " slices"]:
         """What each slice's gradient is multiplied by where its task's mean is by ``of_tasks``."""
         if self.ids is None:
             return of_tasks
-        shares = of_tasks / jnp.maximum(self.counts(), 1)
+        shares = of_tasks * self.shares().astype(of_tasks.dtype)
         return jnp.sum(jnp.where(self.members(), shares[:, None], 0), axis=0)
 
     def of_pairs(self, gram: Array, most: Array) -> tuple[Array, Array]:
@@ -92,14 +95,14 @@ class Slices(NamedTuple):
         if self.ids is None:
             return gram, most
         members = self.members()
-        shares = members / jnp.maximum(self.counts(), 1)[:, None].astype(gram.dtype)
+        shares = jnp.where(members, self.shares().astype(gram.dtype)[:, None], 0)
         # A slice that is not finite reaches its own task alone.
         failed = ~jnp.isfinite(most)
-        gram = jnp.where(failed[:, None] | failed, 0, gram)
+        gram = jnp.where(failed[:, None] | failed[None], 0, gram)
         gram = jnp.linalg.multi_dot([shares, gram, shares.T], precision=lax.Precision.HIGHEST)
-        bad = jnp.any(members & failed, axis=1)
-        most = jnp.sum(jnp.where(members & ~failed, shares * most, 0), axis=1)
-        return jnp.where(bad[:, None] | bad, jnp.nan, gram), most
+        bad = jnp.any(members & failed[None], axis=1)
+        most = jnp.sum(jnp.where(members & ~failed[None], shares * most[None], 0), axis=1)
+        return jnp.where(bad[:, None] | bad[None], jnp.nan, gram), most
 
     def usable(self, of_tasks: Bool[Array, " tasks"] | None) -> Bool[Array, " slices"] | None:
         """The slices that may be read."""
@@ -181,10 +184,11 @@ class Sliced(NamedTuple):
         if self.encoder is not None:
             return self._behind_encoder(params, selection)
         # A slice of no task is kept out like a task that is absent.
-        if reads is None and not apart and self.slices.ids is None and self._is_linear(params):
+        plain = reads is None and not apart and selection.groups is None
+        if plain and self.slices.ids is None and self._is_linear(params):
             run = _passes.whole(self._losses, params, self.has_aux)
             return run.losses, run.aux, pulled(run, nothing, selection)
-        losses, aux, leaves = self.backward(params)
+        losses, aux, leaves = self.backward(params, reads is not None and reads.cosines)
         return (
             self.slices.means(losses),
             aux,
@@ -203,13 +207,13 @@ class Sliced(NamedTuple):
         number = jnp.arange(self.slices.number)
         return lax.map(lambda i: one(*self.slices.take(self.args, i)), number)
 
-    def backward(self, params: Any) -> tuple[Array, Any, list[Leaf]]:
+    def backward(self, params: Any, with_cosines: bool) -> tuple[Array, Any, list[Leaf]]:
         """Losses [N], aux [N, ...] and the gradients of the tasks, from one backward pass."""
         forms: list[Any] = []
 
         def one(*slice_: Any) -> tuple[Array, Any, list[Any]]:
             run = self._forward(params, *slice_)
-            forms[:], values = _factors(run)
+            forms[:], values = _factors(run, with_cosines)
             return run.losses[0], run.aux, values
 
         losses, aux, values = self.slices.map(one, *self.args)
@@ -321,7 +325,7 @@ class Sliced(NamedTuple):
         _check_not_overwritten(selection)
         slices, k = self.slices, self.slices.num_tasks
         zeros = _passes.zeros_to_sum(jax.tree.leaves(params))
-        shares = 1 / jnp.maximum(slices.counts(), 1)
+        shares = slices.shares()
         args = jax.tree.map(replicated, self.args)
 
         def backward(index: Array) -> tuple[_passes.Pass, list[Array]]:
@@ -381,7 +385,7 @@ def _check_not_overwritten(selection: Selection) -> None:
         )
 
 
-def _factors(run: _passes.Pass) -> tuple[list[Any], list[Any]]:
+def _factors(run: _passes.Pass, with_cosines: bool) -> tuple[list[Any], list[Any]]:
     """Per leaf of one slice's gradient its form, and its factors; None and the leaf, if whole.
 
     A leaf that has no gradient is None.
@@ -393,7 +397,9 @@ def _factors(run: _passes.Pass) -> tuple[list[Any], list[Any]]:
     from gaba_jax import _products
 
     reached = [leaf if program.tasks(leaf) else None for leaf in program.leaves]
-    forms = [None if leaf is None else _products.form_of(program, leaf) for leaf in reached]
+    forms = [
+        None if leaf is None else _products.form_of(program, leaf, with_cosines) for leaf in reached
+    ]
     terms = [term for form in forms if form is not None for term in form.terms]
     whole = [
         leaf for leaf, form in zip(reached, forms, strict=True) if leaf is not None and not form

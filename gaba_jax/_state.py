@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -28,6 +29,9 @@ from gaba_jax.weighting._base import (
 class BalanceState(NamedTuple):
     """State of a balanced optimizer. Names and order are an on-disk promise.
 
+    With groups of parameters (:func:`gaba_jax.by_group`) every field but ``seen_by_task`` has a
+    leading axis of groups, in the order of :func:`gaba_jax.group_names`.
+
     Attributes:
       task_weights: [K] float32, the weights that this update applied.
       next_task_weights: [K] float32, what the weighting returned last, absent tasks included.
@@ -40,24 +44,26 @@ class BalanceState(NamedTuple):
       weighting_state: the weighting's own state.
     """
 
-    task_weights: Float[Array, " tasks"]
-    next_task_weights: Float[Array, " tasks"]
-    task_norms: Float[Array, " tasks"]
-    task_cosines: Float[Array, "tasks tasks"] | None
+    task_weights: Float[Array, "*groups tasks"]
+    next_task_weights: Float[Array, "*groups tasks"]
+    task_norms: Float[Array, "*groups tasks"]
+    task_cosines: Float[Array, "*groups tasks tasks"] | None
     seen_by_task: Bool[Array, "leaves tasks"]
-    since_measured: Int[Array, ""]
-    nonfinite_count: Int[Array, ""]
+    since_measured: Int[Array, "*groups"]
+    nonfinite_count: Int[Array, "*groups"]
     weighting_state: Any
 
 
-def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
+def init_state(
+    weighting: Weighting, num_leaves: int, num_groups: int | None = None
+) -> BalanceState:
     """The state before any update; nothing is measured yet."""
     num_tasks = weighting.num_tasks
     # Buffers of their own, so that the state can be donated.
     task_weights, next_task_weights = (
         jnp.array(weighting.initial_weights, jnp.float32) for _ in range(2)
     )
-    return BalanceState(
+    state = BalanceState(
         task_weights=task_weights,
         next_task_weights=next_task_weights,
         task_norms=jnp.zeros([num_tasks], jnp.float32),
@@ -69,6 +75,10 @@ def init_state(weighting: Weighting, num_leaves: int) -> BalanceState:
         nonfinite_count=jnp.zeros([], jnp.int32),
         weighting_state=weighting.init(),
     )
+    if num_groups is None:
+        return state
+    of_groups = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_groups, axis=0), state)
+    return of_groups._replace(seen_by_task=state.seen_by_task)
 
 
 def leaves_of(state: Any) -> int:
@@ -83,8 +93,10 @@ def leaves_of(state: Any) -> int:
     return jnp.shape(state.seen_by_task)[0]
 
 
-def check_state(state: Any, num_leaves: int, weighting: Weighting) -> None:
-    """Raises ValueError on a state of other parameters, another number of tasks or another rule."""
+def check_state(
+    state: Any, num_leaves: int, weighting: Weighting, num_groups: int | None = None
+) -> None:
+    """Raises ValueError on a state of other parameters, tasks or groups, or of another rule."""
     leaves_of(state)
     shape, num_tasks = jnp.shape(state.seen_by_task), weighting.num_tasks
     if shape != (num_leaves, num_tasks):
@@ -92,6 +104,13 @@ def check_state(state: Any, num_leaves: int, weighting: Weighting) -> None:
             f"the state is of {shape[0]} parameter leaves and {shape[1]} tasks, but there are "
             f"{num_leaves} leaves and num_tasks={num_tasks}. Pass the state that init(params) made "
             "for these parameters and this weighting."
+        )
+    groups = () if num_groups is None else (num_groups,)
+    if jnp.shape(state.task_weights) != (*groups, num_tasks):
+        raise ValueError(
+            f"the state has weights of shape {jnp.shape(state.task_weights)}, but there are "
+            f"{'no' if num_groups is None else num_groups} groups of parameters. Pass the state "
+            "that init(params) made with the same groups."
         )
     if (state.task_cosines is not None) != ("cosines" in weighting.needs):
         kept = "no cosines" if state.task_cosines is None else "cosines"
@@ -120,7 +139,7 @@ def advance(
     usable: Bool[Array, " tasks"],
     lagged: bool = False,
 ) -> BalanceState:
-    """One measuring update of the state.
+    """One measuring update of the state, group by group where there are groups.
 
     A measurement is rejected, and weights, averages and counters are held, when anything measured
     or a needed loss of a present task is not finite, when the rule answers with a weight that is
@@ -139,6 +158,44 @@ def advance(
     Returns:
       The state after it; ``task_weights`` are those to apply, 0 for tasks that are not usable.
     """
+
+    def of_group(state: BalanceState, measure_on: Any) -> BalanceState:
+        return _advance(
+            weighting,
+            selection._replace(measure_on=measure_on),
+            state,
+            measurement,
+            task_losses=task_losses,
+            present=present,
+            usable=usable,
+            lagged=lagged,
+        )
+
+    if selection.groups is None:
+        return of_group(state, selection.measure_on)
+    if not selection.groups:
+        return state
+    # A group is measured as the model would be with measure_on its leaves.
+    group, allowed = np.array(selection.groups), np.array(selection.measure_on)
+    measure_on = (group == np.arange(group.max() + 1)[:, None]) & allowed
+    axes: Any = jax.tree.map(lambda _: 0, state)._replace(seen_by_task=None)
+    after = jax.vmap(of_group, in_axes=(axes, 0))(state, jnp.asarray(measure_on))
+    seen = after.seen_by_task[group, np.arange(len(group))]  # of a leaf its own group's
+    return after._replace(seen_by_task=seen)
+
+
+def _advance(
+    weighting: Weighting,
+    selection: Selection,
+    state: BalanceState,
+    measurement: Measurement | None,
+    *,
+    task_losses: Float[Array, " tasks"] | None,
+    present: Bool[Array, " tasks"],
+    usable: Bool[Array, " tasks"],
+    lagged: bool = False,
+) -> BalanceState:
+    """The same of one set of weights."""
     measured, seen = _measured(selection, state, measurement, present)
     norms, measurable, extra = jnp.zeros_like(state.task_norms), jnp.array(True), {}
     if measurement is not None and measured is not None:
@@ -228,15 +285,19 @@ def seen_by_two(seen: Any) -> Any:
 
 
 def is_due(state: BalanceState, every: int) -> Bool[Array, ""]:
-    """Whether this update measures: the first, then every n-th since the last accepted one."""
-    return (state.since_measured == 0) | (state.since_measured >= every)
+    """Whether this update measures: the first, then every n-th since the last accepted one.
+
+    Groups are measured together; one of which no measurement was accepted waits for the others.
+    """
+    return jnp.all(state.since_measured == 0) | jnp.any(state.since_measured >= every)
 
 
 def hold(weighting: Weighting, state: BalanceState, usable: Bool[Array, " tasks"]) -> BalanceState:
     """An update that does not measure."""
+    since = state.since_measured
     return state._replace(
         task_weights=restrict(weighting, state.next_task_weights, usable),
-        since_measured=optax.safe_increment(state.since_measured),
+        since_measured=jnp.where(since > 0, optax.safe_increment(since), 0),
     )
 
 
@@ -300,13 +361,15 @@ def _keep_absent(
 
 
 def restrict(
-    weighting: Weighting, weights: Float[Array, " tasks"], usable: Bool[Array, " tasks"]
-) -> Float[Array, " tasks"]:
+    weighting: Weighting, weights: Float[Array, "*groups tasks"], usable: Bool[Array, " tasks"]
+) -> Float[Array, "*groups tasks"]:
     """Weights of the usable tasks, rescaled to the sum of all; equal shares if they hold none.
 
     Left as they are: weights that hold for each task by itself while there are two, and those whose
     sum is not positive, from rules where they can be negative.
     """
+    if weights.ndim > 1:
+        return jax.vmap(lambda each: restrict(weighting, each, usable))(weights)
     total, kept = jnp.sum(weights), jnp.where(usable, weights, 0)
     rescaled = jnp.where(total > 0, share_out(weights, usable, total), kept)
     if weighting.absent == "each":

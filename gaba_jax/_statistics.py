@@ -20,6 +20,9 @@ _MOST_SLICES = 256
 # A weighted sum of more gradients is one reduction.
 _MOST_TERMS = 32
 
+# Elements of gradients whose products are taken at a time: what is in a cache.
+_MOST_AT_ONCE = 2**18
+
 # One factor per regime keeps the squares inside float32's range, underflow included.
 _USUAL_SCALE = 2.0**37  # norms from 1e-22 to 1e8; a sum of zero is a true zero down to 1e-30
 _TINY_SCALE = 2.0**100
@@ -179,7 +182,7 @@ class Whole(NamedTuple):
             above = above.at[tuple(np.array(pairs).T)].set(jnp.stack(dots))
             gram = above + above.T
         else:
-            gram = _gramian(leaf * each_task(unit, leaf))
+            gram = _gramian(leaf, unit)
         return as_cosines(gram)
 
     @property
@@ -197,27 +200,58 @@ class Whole(NamedTuple):
         """Slice by slice where they are few, which XLA folds."""
         accurate = wide(self.array)
         if len(self.array) > _MOST_TERMS:
-            terms = self.array.astype(accurate) * each_task(factors, self.array).astype(accurate)
-            if usable is not None:
-                terms = jnp.where(each_task(usable, terms), terms, 0)
-            return jnp.sum(terms, axis=0).astype(self.array.dtype)
+            return self._reduced(factors.astype(accurate), usable)
         total = jnp.zeros(self.array.shape[1:], accurate)
         for i in range(len(self.array)):
             term = self.array[i].astype(accurate) * factors[i].astype(accurate)
             total = total + (term if usable is None else jnp.where(usable[i], term, 0))
         return total.astype(self.array.dtype)
 
+    def _reduced(self, factors: Array, usable: Array | None) -> Array:
+        """The same as one product."""
+        rows = self.array.astype(factors.dtype)
+        if usable is not None:
+            rows = jnp.where(each_task(usable, rows), rows, 0)
+        if is_explicit():  # as in a Gramian
+            total = jnp.sum(rows * each_task(factors, rows), axis=0)
+        else:
+            axes = ((0,), (0,)), ((), ())
+            total = lax.dot_general(factors, rows, axes, precision=lax.Precision.HIGHEST)
+        return total.astype(self.array.dtype)
 
-def _gramian(rows: Array) -> Array:
-    """The inner products of arrays [K, ...]."""
+
+def _gramian(rows: Array, scales: Array) -> Array:
+    """The inner products of arrays [K, ...], each times its scale."""
     axes = tuple(range(1, rows.ndim))
-    if is_explicit():
+    if is_explicit() or rows.ndim == 1:
         # A product would have to be told where it ends, a sum over sharded axes need not.
+        rows = rows * each_task(scales, rows)
         return lax.map(lambda one: jnp.sum((rows * one.conj()[None]).real, axis=axes), rows)
-    dots = lax.dot_general(
-        rows, rows.conj(), ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
-    )
-    return dots.real
+
+    def of_part(part: Array) -> Array:
+        part = part * each_task(scales, part)
+        dots = lax.dot_general(
+            part, part.conj(), ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+        )
+        return dots.real
+
+    return sum_over_parts(of_part, rows, 1, _MOST_AT_ONCE)
+
+
+def sum_over_parts(of_part: Callable[[Array], Array], array: Array, axis: int, most: int) -> Array:
+    """The sum of what parts along an axis are, of which none has more than ``most`` elements."""
+    length = array.shape[axis]
+    part = max(1, min(length, length * most // max(array.size, 1)))
+    number, rest = divmod(length, part)
+
+    def add(i: Array, total: Array) -> Array:
+        return total + of_part(lax.dynamic_slice_in_dim(array, i * part, part, axis))
+
+    # What is left over comes first; without it, the last of the parts.
+    first = rest or part
+    total = of_part(lax.slice_in_dim(array, length - first, length, axis=axis))
+    number = number if rest else number - 1
+    return lax.fori_loop(0, number, add, total) if number else total
 
 
 def measure(

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from gaba_jax import weighting as weightings
 from gaba_jax._checks import check_driver_arguments, check_stacked
-from gaba_jax._selection import Selector, select
+from gaba_jax._selection import Groups, Selector, check_groups, select
 from gaba_jax._state import (
     advance,
     check_state,
@@ -86,13 +86,90 @@ def balance(
       >>> bool(jnp.allclose(contributions[0], contributions[1]))
       True
     """
+    return _transform(weighting, None, shared, measure_on, weight_task_specific, nonfinite)
+
+
+def by_group(
+    weighting: Weighting,
+    groups: Groups | None = None,
+    *,
+    shared: Selector | None = None,
+    measure_on: Selector | None = None,
+    weight_task_specific: bool = True,
+    nonfinite: Nonfinite = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Balances every group of parameters by itself: :func:`balance`, with weights per group.
+
+    .. math:: u^{(g)} = \sum_i \lambda^{(g)}_i\, \nabla_{\theta^{(g)}} L_i
+
+    for each group g of parameters :math:`\theta^{(g)}`, with the weights that the rule gives for
+    the norms and cosines of the gradients in that group, and a state of its own. So layers in which
+    the tasks conflict are balanced apart from those in which they agree, and ``gradnorm`` is
+    layer-wise.
+
+    When not to use it: the update is no longer the gradient of any weighted loss, so what a rule
+    promises (no conflict, equal contributions) holds in each group, not for the whole. Where the
+    groups have weights of different sums, they learn at different rates. Of a rule that draws at
+    random all groups have the same draws.
+
+    A group in which no two tasks share a parameter, such as a head, has the rule's initial weights
+    all the time (1/K for most). With ``weight_task_specific=False`` heads get plain gradients.
+
+    Args:
+      weighting: a rule from :mod:`gaba_jax.weighting`.
+      groups: None or "top" (default), one group for each top-level key of the parameters; "leaf",
+        one for each leaf; or a function ``params -> names``, with a pytree of strings in the
+        structure of the parameters or a prefix of it. :func:`group_names` gives the names in order.
+      shared: see :func:`balance`.
+      measure_on: see :func:`balance`; a group without a leaf in it is not measured.
+      weight_task_specific: see :func:`balance`.
+      nonfinite: see :func:`balance`. A non-finite norm in a group holds that group's average alone;
+        "drop" leaves the task out of all groups.
+
+    Returns:
+      A transform like :func:`balance`'s, whose :class:`BalanceState` has a leading axis of groups:
+      ``task_weights`` are [G, K]. ``balance_metrics(opt_state, group_names=...)`` reads it.
+
+    Raises:
+      ValueError: as :func:`balance`; on ``groups`` that name no group for some parameter, at
+        ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from gaba_jax import balance_metrics, by_group, group_names, weighting
+      >>> params = {"first": jnp.zeros(2), "last": jnp.zeros(2)}
+      >>> tx = optax.chain(by_group(weighting.inverse_norm(2)), optax.sgd(1e-2))
+      >>> grads = {"first": jnp.array([[3.0, 0.0], [0.0, 1.0]]),
+      ...          "last": jnp.array([[1.0, 0.0], [0.0, 9.0]])}
+      >>> updates, opt_state = tx.update(grads, tx.init(params), params)
+      >>> print(opt_state[0].task_weights)  # of the first group, and of the last
+      [[0.25 0.75]
+       [0.9  0.1 ]]
+      >>> metrics = balance_metrics(opt_state, ["rul", "health"], group_names(params))
+      >>> print(f"{metrics['last/weight/health']:.1f}")
+      0.1
+    """
+    groups = "top" if groups is None else groups
+    check_groups(groups)
+    return _transform(weighting, groups, shared, measure_on, weight_task_specific, nonfinite)
+
+
+def _transform(
+    weighting: Weighting,
+    groups: Groups | None,
+    shared: Selector | None,
+    measure_on: Selector | None,
+    weight_task_specific: bool,
+    nonfinite: Nonfinite,
+) -> optax.GradientTransformationExtraArgs:
+    """What :func:`balance` and :func:`by_group` are."""
     check_weighting(weighting)
     check_driver_arguments(shared, weight_task_specific, nonfinite)
     num_tasks = weighting.num_tasks
 
     def init_fn(params: Any) -> Any:
-        select(shared, measure_on, params)
-        return init_state(weighting, len(jax.tree.leaves(params)))
+        selection = select(shared, measure_on, params, groups=groups)
+        return init_state(weighting, len(jax.tree.leaves(params)), selection.num_groups())
 
     def update_fn(
         updates: Any,
@@ -111,11 +188,11 @@ def balance(
                 "and the gradient of sum_i task_weights[i] * losses[i]."
             )
         check_stacked(updates, params, num_tasks, leaves_of(state))
-        check_state(state, leaves_of(state), weighting)
+        like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
+        selection = select(shared, measure_on, like_params, weight_task_specific, groups)
+        check_state(state, leaves_of(state), weighting, selection.num_groups())
         task_losses = needed_losses(weighting, task_losses)
         present = task_presence(task_mask, num_tasks)
-        like_params = jax.tree.map(lambda u: u[0], updates) if params is None else params
-        selection = select(shared, measure_on, like_params, weight_task_specific)
         leaves, structure = jax.tree.flatten(updates)
         measurement, usable = None, present
         reads, drop = reads_of(weighting), nonfinite == "drop"

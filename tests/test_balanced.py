@@ -421,6 +421,24 @@ class TestEvery:
             elapsed.append(int(state.task_weights[0]))
         assert elapsed == [1, 1, 1, 1, 4, 4, 4, 4, 4]
 
+    def test_a_decay_per_measurement_in_a_decay_per_update(self):
+        """The documented conversion, against the average of a code that keeps 0.9 each time."""
+        n, kept, weight = 3, 0.9, 1.0
+        rule = weighting.inverse_dirichlet(2, beta=kept ** (1 / n))
+
+        def losses_fn(params, size):
+            return params[0] - params[1], size * (params[0] - params[1])
+
+        balanced = balanced_value_and_grad(losses_fn, rule, every=n)
+        state, step = balanced.init(jnp.ones(2)), jax.jit(balanced.value_and_grad)
+        _, state = step(jnp.ones(2), state, 1.0)  # a ratio of 1, from which the average starts
+        for t in range(1, 10):
+            size = 1 / (1.0 + t)
+            _, state = step(jnp.ones(2), state, size)
+            if t % n == 0:
+                weight = kept * weight + (1 - kept) / size
+            np.testing.assert_allclose(state.task_weights, [1, weight], rtol=1e-4)
+
 
 @pytest.mark.parametrize("options", [{}, {"measure": "lagged"}])
 @pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e10, 1e25])

@@ -46,6 +46,7 @@ def make_rules():
             w.inverse_norm(K), warmup_steps=1, min_weight=0.01, average="norms"
         ),
         "rescaled": lambda: w.rescaled(w.gaba(K, warmup_steps=2), float(K)),
+        "constant": lambda: w.constant([1.0, 2.0, 3.0]),
         "statistics": lambda: of_elements(K),
         # What balance measures for the rules that need cosines and losses.
         "all_needs": lambda: w.inverse_norm(K)._replace(
@@ -56,9 +57,7 @@ def make_rules():
         rule = getattr(w, name)
         parameters = inspect.signature(rule).parameters if inspect.isfunction(rule) else {}
         if next(iter(parameters), None) == "num_tasks":  # else a type or a combinator
-            extra = {"weights": [1.0, 2.0, 3.0]} if name == "constant" else {}
-            if "warmup_steps" in parameters:
-                extra["warmup_steps"] = 2
+            extra = {"warmup_steps": 2} if "warmup_steps" in parameters else {}
             rules[name] = functools.partial(rule, K, **extra)
     return rules
 
@@ -441,8 +440,8 @@ for name in w.__all__:
     rule = getattr(w, name)
     parameters = inspect.signature(rule).parameters if inspect.isfunction(rule) else {}
     if next(iter(parameters), None) == "num_tasks":
-        made = rule(3, [1.0, 2.0, 3.0]) if name == "constant" else rule(3)
-        w.rescaled(made, 2.0)
+        w.rescaled(rule(3), 2.0)
+w.constant([1.0, 2.0, 3.0])
 w.inverse_norm(3, task_priorities=[1.0, 2.0, 3.0])
 gaba_jax.balanced_value_and_grad(lambda p: (p, p), w.gaba(2))
 gaba_jax.balance(w.upgrad(2), shared=gaba_jax.exclude("head"))

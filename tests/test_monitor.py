@@ -11,7 +11,14 @@ import tensorboardX
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gaba_jax import balance, balance_metrics, gaba, monitor, weighting
+from gaba_jax import (
+    balance,
+    balance_metrics,
+    balanced_value_and_grad,
+    gaba,
+    monitor,
+    weighting,
+)
 
 GRADS = {"w": jnp.array([[3.0, 4.0], [0.0, 0.01]])}
 PARAMS = {"w": jnp.zeros(2)}
@@ -28,6 +35,7 @@ def test_numbers():
         "imbalance",
         "nonfinite_count",
         "since_measured",
+        "at_bound",
     }
     assert all(np.shape(value) == () for value in metrics.values())
     expected = {
@@ -88,6 +96,83 @@ def test_cosines_and_conflicts_of_a_rule_on_the_gramian(of_three):
     assert balance_metrics(tx.init(PARAMS))["conflict_rate"] == 0  # nothing measured yet
 
 
+def random_tasks(seed, silent=()):
+    """Gradients [K, n] in float64, and weights."""
+    random = np.random.default_rng(seed)
+    grads = random.normal(size=(4, 7)) * np.array([[30.0], [1.0], [0.2], [5.0]])
+    grads[list(silent)] = 0
+    return grads, random.uniform(-0.5, 1, size=4)
+
+
+@pytest.mark.parametrize("silent", [(), (1,), (0, 1, 2), (0, 1, 2, 3)])
+def test_alignment_and_promised_decreases(silent):
+    """Against the gradients themselves; the loss of a quadratic falls by as much."""
+    grads, weights = random_tasks(0, silent)
+    norms = np.linalg.norm(grads, axis=1)
+    known = norms > 0
+    unit = grads / np.where(known, norms, 1)[:, None]
+    cosines = np.where(np.eye(4) > 0, 1, unit @ unit.T)
+    found = monitor.task_metrics(weights, norms, task_cosines=cosines)
+    update = weights @ grads
+    for i, gradient in enumerate(grads):
+        np.testing.assert_allclose(found[f"decrease/{i}"], gradient @ update, rtol=1e-4, atol=1e-3)
+    mean = unit[known].mean(axis=0) if known.any() else np.zeros(7)
+    expected = 2 * mean @ mean - 1 if known.sum() > 1 else 1
+    np.testing.assert_allclose(found["alignment"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_step_keeps_the_promise():
+    """To first order: a step of SGD against what the state said before it."""
+    matrix = jnp.asarray(random_tasks(1)[0], jnp.float32)
+
+    def losses_fn(p):
+        return jnp.square(matrix @ p - 1)
+
+    balanced = balanced_value_and_grad(losses_fn, weighting.upgrad(4), shared=True)
+    params, rate = jnp.ones(7) / 3, 1e-5
+    (losses, grads), state = balanced.value_and_grad(params, balanced.init(params))
+    metrics = balance_metrics(state)
+    fallen = (losses - losses_fn(params - rate * grads)) / rate
+    promised = np.array([metrics[f"decrease/{i}"] for i in range(4)])
+    np.testing.assert_allclose(fallen, promised, rtol=0.05, atol=0.02 * promised.max())
+    assert (promised > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("cosine", "expected"), [(1.0, 1.0), (0.0, 0.0), (-1.0, -1.0), (-0.3, -0.3)]
+)
+def test_alignment_of_two_is_their_cosine(cosine, expected):
+    cosines = np.array([[1.0, cosine], [cosine, 1.0]])
+    found = monitor.task_metrics(np.ones(2), np.array([3.0, 1e-3]), task_cosines=cosines)
+    np.testing.assert_allclose(found["alignment"], expected, atol=1e-6)
+    orthogonal = monitor.task_metrics(np.ones(5), np.ones(5), task_cosines=np.eye(5))
+    np.testing.assert_allclose(orthogonal["alignment"], 2 / 5 - 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("floor", ["renormalize", "project"])
+def test_a_weight_at_its_floor(floor):
+    options = {"beta": 0.0, "warmup_steps": 0, "min_weight": 0.05, "floor": floor}
+    tx = gaba(**options)
+    for second, expected in [([0.0, 0.01], 1), ([0.0, 4.0], 0)]:
+        grads = {"w": jnp.array([[3.0, 4.0], second])}
+        _, state = tx.update(grads, tx.init(PARAMS))
+        assert balance_metrics(state, min_weight=0.05)["at_bound"] == expected
+        assert balance_metrics(state)["at_bound"] == 0
+
+
+def test_a_task_that_is_shut_off_and_one_that_is_absent():
+    grads = {"w": jnp.array([[1.0, 0.0], [3.0, 0.1], [0.0, 1.0]])}
+    tx = balance(weighting.mgda(3))
+    _, state = tx.update(grads, tx.init(PARAMS))
+    assert state.task_weights[1] == 0
+    assert balance_metrics(state)["at_bound"] == 1
+    tx = balance(weighting.inverse_norm(3))
+    mask = jnp.array([True, False, True])
+    _, state = tx.update(grads, tx.init(PARAMS), task_mask=mask)
+    assert state.task_weights[1] == 0  # in this update, for want of the task
+    assert balance_metrics(state)["at_bound"] == 0
+
+
 def test_a_history_at_once(of_three):
     """task_metrics on [T, K] says of each update what balance_metrics says."""
     other = of_three._replace(
@@ -100,7 +185,7 @@ def test_a_history_at_once(of_three):
     curves = monitor.task_metrics(weights, norms, NAMES, task_cosines=cosines)
     for update, state in enumerate((of_three, other)):
         metrics = balance_metrics(state, NAMES)
-        assert set(metrics) - set(curves) == {"nonfinite_count", "since_measured"}
+        assert set(metrics) - set(curves) == {"nonfinite_count", "since_measured", "at_bound"}
         for key, curve in curves.items():
             assert curve.shape == (2,)
             np.testing.assert_allclose(curve[update], metrics[key], rtol=1e-6)
@@ -145,6 +230,8 @@ def test_a_line_of_json(of_three):
 
 
 def test_errors():
+    with pytest.raises(ValueError, match=r"min_weight=-1\.0 must be at least 0"):
+        balance_metrics(gaba().init(PARAMS), min_weight=-1.0)
     with pytest.raises(ValueError, match="no BalanceState"):
         balance_metrics(optax.adam(1e-3).init(PARAMS))
     with pytest.raises(ValueError, match="must be 2 different names"):

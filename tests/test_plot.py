@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from gaba_jax import _drawing, plot
+from gaba_jax import _drawing, monitor, plot
 from gaba_jax.turbofan import plots
 from tests.slow import rest_slow
 
@@ -281,6 +281,57 @@ def test_balance_history_draws_the_given_numbers():
     ]:
         assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
         assert axes.get_xlabel() == "update"
+
+
+def logged(norms, weights, names, prefix=""):
+    """Dicts as balance_metrics returns them, with what else a run logs."""
+    rows = []
+    for t, (norm, weight) in enumerate(zip(norms, weights, strict=True)):
+        found = monitor.task_metrics(weight, norm, names)
+        rows.append({prefix + key: float(value) for key, value in found.items()} | {"loss": t})
+    return rows
+
+
+def test_history_of_what_was_logged(history):
+    norms, weights, names = history
+    figure = drawn(plot.history(logged(norms, weights, names), steps=np.arange(0, 1200, 10)))
+    weight_axes, norm_axes, contribution_axes = figure.axes
+    assert contribution_axes.get_xlabel() == "update"
+    assert norm_axes.get_yscale() == contribution_axes.get_yscale() == "log"
+    assert explains(figure.legends[0], weight_axes.lines)
+    for i, line in enumerate(weight_axes.lines):
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(0, 1200, 10))
+        np.testing.assert_allclose(line.get_ydata(), weights[:, i], rtol=1e-6)
+    for axes, values in ((norm_axes, norms), (contribution_axes, norms * weights)):
+        for i in range(len(names)):
+            np.testing.assert_allclose(axes.lines[2 * i].get_ydata(), values[:, i], rtol=1e-6)
+
+
+def test_history_of_one_of_several_states():
+    two = np.array([[1.0, 2.0], [3.0, 0.0]])
+    figure = drawn(plot.history(logged(two, two, ["a/b", "c"], "0/"), prefix="0/"))
+    assert labels(figure.legends[0]) == ["a/b", "c"]
+    assert np.isnan(figure.axes[1].lines[2].get_ydata()[1])
+
+
+def test_history_needs_the_keys_of_a_run():
+    rows = logged(np.ones((2, 2)), np.ones((2, 2)), ["a", "b"])
+    with pytest.raises(ValueError, match=r"with keys weight/\.\.\.; got \['loss'\]"):
+        plot.history([{"loss": 1.0}])
+    with pytest.raises(ValueError, match="got none"):
+        plot.history([])
+    del rows[1]["norm/b"]
+    with pytest.raises(ValueError, match="not every update in metrics has the key 'norm/b'"):
+        plot.history(rows)
+
+
+def test_history_of_a_scan():
+    norms = np.random.default_rng(0).uniform(1, 2, (30, 2))
+    stacked = monitor.task_metrics(norms / 4, norms, ["a", "b"])
+    one, other = plot.history(stacked), plot.history(logged(norms, norms / 4, ["a", "b"]))
+    for axes, same in zip(one.axes, other.axes, strict=True):
+        for line, other_line in zip(axes.lines, same.lines, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), other_line.get_ydata(), rtol=1e-6)
 
 
 def test_zero_norms_leave_gaps():

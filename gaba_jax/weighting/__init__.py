@@ -31,26 +31,34 @@ from gaba_jax.weighting._gramian import SolverState
 from gaba_jax.weighting._hold_after import HoldAfterState, hold_after
 from gaba_jax.weighting._imtl_g import imtl_g
 from gaba_jax.weighting._imtl_l import imtl_l
+from gaba_jax.weighting._inverse_dirichlet import inverse_dirichlet
 from gaba_jax.weighting._inverse_norm import inverse_norm
 from gaba_jax.weighting._inverse_share import inverse_share
+from gaba_jax.weighting._krum import krum
+from gaba_jax.weighting._lr_annealing import AnnealedState, lr_annealing
 from gaba_jax.weighting._mgda import mgda
 from gaba_jax.weighting._nash_mtl import nash_mtl
 from gaba_jax.weighting._normalized import normalized
+from gaba_jax.weighting._ntk import NtkState, ntk
+from gaba_jax.weighting._pcd import PcdState, pcd
 from gaba_jax.weighting._pcgrad import pcgrad
 from gaba_jax.weighting._proportional_integral import (
     ProportionalIntegralState,
     proportional_integral,
 )
 from gaba_jax.weighting._random import RandomState, random
+from gaba_jax.weighting._relobralo import RelobraloState, relobralo
 from gaba_jax.weighting._rescaled import rescaled
 from gaba_jax.weighting._scale_invariant import scale_invariant
 from gaba_jax.weighting._smooth_tchebycheff import smooth_tchebycheff
+from gaba_jax.weighting._soft_adapt import SoftAdaptState, soft_adapt
 from gaba_jax.weighting._stabilize import NormAverageState, StabilizeState, stabilize
 from gaba_jax.weighting._uncertainty import UncertaintyState, uncertainty
 from gaba_jax.weighting._uniform import uniform
 from gaba_jax.weighting._upgrad import upgrad
 
 __all__ = [
+    "AnnealedState",
     "DynamicWeightAverageState",
     "EqualizeState",
     "FamoState",
@@ -58,8 +66,12 @@ __all__ = [
     "GradVacState",
     "HoldAfterState",
     "NormAverageState",
+    "NtkState",
+    "PcdState",
     "ProportionalIntegralState",
     "RandomState",
+    "RelobraloState",
+    "SoftAdaptState",
     "SolverState",
     "StabilizeState",
     "Statistic",
@@ -83,19 +95,26 @@ __all__ = [
     "hold_after",
     "imtl_g",
     "imtl_l",
+    "inverse_dirichlet",
     "inverse_norm",
     "inverse_share",
+    "krum",
+    "lr_annealing",
     "max_abs",
     "mean_abs",
     "mgda",
     "nash_mtl",
     "normalized",
+    "ntk",
+    "pcd",
     "pcgrad",
     "proportional_integral",
     "random",
+    "relobralo",
     "rescaled",
     "scale_invariant",
     "smooth_tchebycheff",
+    "soft_adapt",
     "stabilize",
     "std",
     "uncertainty",

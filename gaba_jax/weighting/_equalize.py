@@ -81,7 +81,9 @@ def equalize(
       num_tasks: number of tasks K >= 2.
       ratios: [K] positive, of the contributions, default equal. May be traced.
       anchor: the task of the main loss, whose weight stays 1; default None.
-      beta: decay of the average of the norms in [0, 1), default 0.9 (about 10 updates).
+      beta: decay of the average of the norms in [0, 1), default 0.9 (about 10 updates). It counts
+        updates: a measurement n updates after the last one keeps ``beta**n``. For a decay of b per
+        measurement, every n updates, pass ``b ** (1 / n)``.
       rho: in [0, 1], the part of its own largest average below which a task counts as finished,
         default 0.1; 0 equalises without end.
 

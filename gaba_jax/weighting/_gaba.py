@@ -27,6 +27,7 @@ def gaba(
     Args:
       num_tasks: number of tasks K >= 2.
       beta: decay of the average in [0, 1), default 0.99 (about 100 updates); 0 is no smoothing.
+        It counts updates, as that of :func:`stabilize`.
       warmup_steps: updates with weights 1/K before averaging starts, default 100.
       min_weight: floor under each weight, in [0, 1/K], default 0.05.
       floor: "renormalize" (published) or "project" (holds the bound exactly).

@@ -43,6 +43,10 @@ def gradvac(num_tasks: int, *, beta: Number = 0.01, seed: int | Array = 0) -> We
     from :math:`\hat\phi = 0` and :math:`g_i' = g_i`; the update is :math:`\sum_i g_i'`. With
     beta = 0 it is :func:`pcgrad`.
 
+    The update is a sum over the tasks, not a mean: without conflict it is K times the mean
+    gradient. Behind a clip that was tuned for a mean, ``optax.clip_by_global_norm(1.0)`` say, take
+    ``rescaled(gradvac(K), 1.0)``, whose weights sum to 1, or nearly every update is clipped.
+
     When not to use it: norms are not evened out, and the answer depends on the random order.
 
     Args:

@@ -1,12 +1,16 @@
 """Weights in inverse ratio to the gradient norms."""
 
+from typing import Literal
+
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import (
+    LARGEST,
     Number,
     Weighting,
     check_not_negative,
@@ -18,7 +22,11 @@ from gaba_jax.weighting._base import (
 
 
 def inverse_norm(
-    num_tasks: int, *, power: Number = 1.0, task_priorities: ArrayLike | None = None
+    num_tasks: int,
+    *,
+    power: Number = 1.0,
+    task_priorities: ArrayLike | None = None,
+    scale: Literal["share", "mean"] = "share",
 ) -> Weighting:
     r"""Weights proportional to a negative power of the norm: exact equalisation at power 1.
 
@@ -28,6 +36,16 @@ def inverse_norm(
     ``task_priorities``. At power 1 the contributions :math:`\lambda_i g_i` are in the ratio of the
     priorities for any K; 0.5 is the square-root rule, 0 gives uniform weights.
 
+    **The sum.** With ``scale="mean"`` the weights do not sum to 1:
+
+    .. math:: \lambda_i = \frac{p_i}{\bar p} \Big(\frac{\bar g}{g_i}\Big)^{a}, \qquad
+        \bar g = \frac{1}{K} \sum_j g_j
+
+    with :math:`\bar p` the mean priority. At power 1 each contribution is the mean norm (times its
+    priority), so that the sum of the losses keeps its learning rate. These are the gradient-norm
+    weights of jaxpi, which averages them over measurements and stops a weight at 1e5; here each is
+    that of its own measurement and stops at 1e18.
+
     When not to use it: a task that is finished (:math:`g_i \to 0`) takes nearly all the weight, as
     the rule is unbounded. :func:`inverse_share` never gives a task more than 1/(K-1).
 
@@ -35,13 +53,17 @@ def inverse_norm(
       num_tasks: number of tasks K.
       power: the exponent a >= 0, default 1.
       task_priorities: [K] positive, default equal.
+      scale: "share" (default), where the weights sum to 1, or "mean", where equal norms have
+        weights 1.
 
     Returns:
       A :class:`Weighting`; the weights are >= 0 and sum to 1. Tasks of norm zero, if there are
-      any, share the whole weight (their limit).
+      any, share the whole weight (their limit). With ``scale="mean"`` each weight is positive and
+      holds by itself, and a task of norm zero has weight 1: there is nothing to weight.
 
     Raises:
-      ValueError: ``power`` is negative or not finite; ``task_priorities`` is not a positive [K].
+      ValueError: ``power`` is negative or not finite; ``task_priorities`` is not a positive [K];
+        an unknown ``scale``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -56,6 +78,8 @@ def inverse_norm(
     check_num_tasks(num_tasks)
     check_not_negative("power", power)
     priorities = task_vector("task_priorities", task_priorities, num_tasks)
+    if scale not in ("share", "mean"):
+        raise ValueError(f'{scale=} must be "share" or "mean".')
 
     def update(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
         smallest = jnp.min(jnp.where(stats.present, stats.norms, jnp.inf))
@@ -64,6 +88,22 @@ def inverse_norm(
         raw = ratio ** jnp.asarray(power, jnp.float32)
         return over_present(raw, stats.present, priorities), state
 
+    def update_to_mean(stats: TaskStats, state: optax.EmptyState) -> tuple[Array, optax.EmptyState]:
+        present, norms = stats.present, stats.norms
+        count = jnp.maximum(jnp.sum(present), 1).astype(jnp.float32)
+        mean = jnp.sum(norms / count)
+        ratio = jnp.where(norms > 0, mean / jnp.where(norms > 0, norms, 1), 1)
+        weights = ratio ** jnp.asarray(power, jnp.float32)
+        if priorities is not None:
+            wanted = jnp.where(present, priorities, 0)
+            weights = weights * wanted / (jnp.sum(wanted) / count)
+        return jnp.where(present, jnp.minimum(weights, LARGEST), 0), state
+
+    if scale == "mean":
+        ones = np.ones(num_tasks, np.float32)
+        return Weighting(
+            num_tasks, frozenset({"norms"}), optax.EmptyState, update_to_mean, ones, absent="each"
+        )
     return Weighting(
         num_tasks, frozenset({"norms"}), optax.EmptyState, update, equal_weights(num_tasks)
     )

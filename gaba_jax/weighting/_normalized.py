@@ -42,7 +42,7 @@ def normalized(weighting: Weighting) -> Weighting:
     Example:
       >>> import jax.numpy as jnp
       >>> from gaba_jax import weighting
-      >>> rule = weighting.normalized(weighting.constant(2, [0.75, 0.25]))
+      >>> rule = weighting.normalized(weighting.constant([0.75, 0.25]))
       >>> stats = weighting.TaskStats(
       ...     norms=jnp.array([3.0, 1.0]), cosines=None, losses=None,
       ...     present=jnp.ones(2, bool), elapsed=jnp.int32(1))

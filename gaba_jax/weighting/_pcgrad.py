@@ -22,6 +22,10 @@ def pcgrad(num_tasks: int, *, seed: int | Array = 0) -> Weighting:
     from :math:`g_i' = g_i`; the update is the sum of the :math:`g_i'`. For K = 2 the order does not
     matter and no task is opposed.
 
+    The update is a sum over the tasks, not a mean: without conflict it is K times the mean
+    gradient. Behind a clip that was tuned for a mean, ``optax.clip_by_global_norm(1.0)`` say, take
+    ``rescaled(pcgrad(K), 1.0)``, whose weights sum to 1, or nearly every update is clipped.
+
     When not to use it: norms are not evened out; for K > 2 a later projection can undo an earlier
     one, so a task can be opposed after all, and the answer depends on the order.
     :func:`upgrad` projects onto all tasks at once.

@@ -4,16 +4,19 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import (
     Number,
     Weighting,
+    as_float32,
     check_not_negative,
     check_num_tasks,
     equal_weights,
     share_out,
+    task_vector,
 )
 from gaba_jax.weighting._inverse_norm import inverse_norm
 
@@ -37,18 +40,20 @@ class ProportionalIntegralState(NamedTuple):
 def proportional_integral(
     num_tasks: int,
     *,
+    ratios: ArrayLike | None = None,
     kp: Number = 0.5,
     ki: Number = 0.3,
     min_weight: Number = 1e-4,
     debias: bool = True,
 ) -> Weighting:
-    r"""A proportional-integral controller that drives all contributions to the same size.
+    r"""A proportional-integral controller that drives the contributions to the ratios you give.
 
     The controlled quantity is each task's share of the contributions with the weights of the last
-    measured update, the set point is 1/K, and the logarithms of the weights are what is set:
+    measured update, the set point is its part of the ``ratios`` r (1/K each by default), and the
+    logarithms of the weights are what is set:
 
     .. math::
-        e_i &= \frac{1}{K} - \frac{w_i g_i}{\sum_j w_j g_j} \\
+        e_i &= \frac{r_i}{\sum_j r_j} - \frac{w_i g_i}{\sum_j w_j g_j} \\
         u_i &= I_i + (k_p + k_i)\, e_i \\
         w_i' &= \max(f, \sigma e^{u_i}), \qquad \sum_i w_i' = 1 \\
         I_i' &= \log w_i' - k_p\, e_i
@@ -59,9 +64,10 @@ def proportional_integral(
     as the error turns. Away from the floor it is :math:`I_i + k_i e_i`, up to a constant.
 
     **What it is for.** GABA's closed form is proportional control. It leaves contributions unequal
-    for K > 2; here the integral goes on until they are equal. Under constant norms the weights tend
-    to those of :func:`inverse_norm`, as a low-pass filter: near rest with a time constant of
-    about :math:`(K + k_p) / k_i` measured updates, far from it by at most :math:`k_i` in the
+    for K > 2; here the integral goes on until they are equal, or in the given ratios. Under
+    constant norms the weights tend to those of :func:`inverse_norm` with the ratios as its
+    priorities, as a low-pass filter. For equal ratios, near rest its time constant is about
+    :math:`(K + k_p) / k_i` measured updates. Far from rest it moves by at most :math:`k_i` in the
     logarithm per update, so that one task that is R times louder than the others is held down after
     about :math:`\log(R) / k_i`, and one that is R times quieter than the others is lifted after
     :math:`(K - 1) \log(R) / k_i`.
@@ -70,7 +76,7 @@ def proportional_integral(
     where :math:`k_i + 2 k_p < 4`: the shares are the gradient of a convex function of the
     logarithms with curvature at most 1/2 (the circle criterion). For K = 2 the bound is sharp.
 
-    **The start.** With ``debias=True`` the loop starts balanced, at the weights of
+    **The start.** With ``debias=True`` the loop starts balanced, at those weights of
     :func:`inverse_norm` for the first measurement in which every present task has a gradient.
     Otherwise it starts from 1/K, and until the integral has moved, the loud task dominates; Adam's
     second moment remembers that for 1/(1 - b2) updates.
@@ -85,10 +91,12 @@ def proportional_integral(
     others, and they are evened out the more slowly.
 
     An absent task keeps its weight and its integral; the others share what they held together,
-    and the set point is their equal share. Where all norms are zero there is no error.
+    and the set points are their parts of the ratios of those present. Where all norms are zero
+    there is no error.
 
     Args:
       num_tasks: number of tasks K >= 2.
+      ratios: [K] positive, of the contributions, default equal. May be traced.
       kp: proportional gain, >= 0, default 0.5: how much of an error is answered at once.
       ki: integral gain per measured update, >= 0, default 0.3. With 0 an error remains.
       min_weight: floor f in [0, 1/K], held exactly, default 1e-4. 0 stands for 1e-12: without any
@@ -100,8 +108,8 @@ def proportional_integral(
       ``min_weight`` and sum to 1.
 
     Raises:
-      ValueError: ``num_tasks`` < 2; ``kp`` or ``ki`` negative or ``ki + 2 kp`` not below 4;
-        ``min_weight`` negative or above 1/K.
+      ValueError: ``num_tasks`` < 2; ``ratios`` no positive [K]; ``kp`` or ``ki`` negative or
+        ``ki + 2 kp`` not below 4; ``min_weight`` negative or above 1/K.
 
     Example:
       >>> from gaba_jax import controller, weighting
@@ -126,6 +134,9 @@ def proportional_integral(
             f"all be at least {min_weight}; the most is {1 / num_tasks:.4g}."
         )
 
+    given = task_vector("ratios", ratios, num_tasks)
+    wanted = as_float32([1.0] * num_tasks) if given is None else given
+
     def init() -> ProportionalIntegralState:
         # Buffers of their own, so that the state can be donated.
         equal = jnp.asarray(equal_weights(num_tasks))
@@ -136,7 +147,8 @@ def proportional_integral(
     ) -> tuple[Array, ProportionalIntegralState]:
         present = stats.present
         count = jnp.maximum(jnp.sum(present), 1).astype(jnp.float32)
-        balanced, _ = inverse_norm(num_tasks).update(stats, optax.EmptyState())
+        rule = inverse_norm(num_tasks, task_priorities=wanted)
+        balanced, _ = rule.update(stats, optax.EmptyState())
         balanced = jnp.where(present, balanced * count, 1) / num_tasks
         # Of a task without a gradient nothing is known yet: inverse_norm would give it everything.
         starts = ~state.started & jnp.all((stats.norms > 0) | ~present)
@@ -145,7 +157,7 @@ def proportional_integral(
         largest = jnp.max(stats.norms)
         contributions = weights * (stats.norms / jnp.where(largest > 0, largest, 1))
         shares = share_out(contributions, present, 1.0)
-        error = jnp.where(present, 1 / count - shares, 0)
+        error = jnp.where(present, share_out(jnp.asarray(wanted), present, 1.0) - shares, 0)
         gain_p, gain_i = jnp.asarray(kp, jnp.float32), jnp.asarray(ki, jnp.float32)
         logs = before + (gain_p + gain_i) * error
         raw = jnp.exp(logs - jnp.max(jnp.where(present, logs, -jnp.inf)))

@@ -92,7 +92,9 @@ def stabilize(
 
     Args:
       weighting: any :class:`Weighting`.
-      beta: decay of the average in [0, 1), default 0.99; 0 is no smoothing. May be traced.
+      beta: decay of the average in [0, 1), default 0.99; 0 is no smoothing. May be traced. It
+        counts updates: a measurement n updates after the last one keeps ``beta**n``. For a decay of
+        b per measurement, every n updates, pass ``b ** (1 / n)``.
       warmup_steps: updates with weights 1/K, default 100.
       min_weight: floor f in [0, 1/K], default 0.05. May be traced.
       floor: "renormalize" or "project".
@@ -159,7 +161,7 @@ def stabilize(
             decay = jnp.zeros([], jnp.float32)
         else:
             inner_weights, inner_state = rule.update(stats, state.inner_state)
-            decay = _decay(beta, passed)
+            decay = decay_over(beta, passed)
         present = jnp.ones_like(stats.present) if alone else stats.present
         raw = _scaled_to_average(inner_weights, present, state.ema_weights)
         mass = decay * state.ema_mass + (1 - decay)
@@ -219,7 +221,7 @@ def average_norms(
     stats: TaskStats, beta: Number, mass: Float[Array, " tasks"], norms: Float[Array, " tasks"]
 ) -> tuple[Float[Array, " tasks"], Float[Array, " tasks"]]:
     """The next mass and average of each task's norm, over the updates that it takes part in."""
-    decay = _decay(beta, stats.elapsed)
+    decay = decay_over(beta, stats.elapsed)
     # A mass that was once there never falls to 0 again, however long the task is absent.
     faded = jnp.maximum(decay * mass, jnp.finfo(jnp.float32).tiny)
     mass = jnp.where(mass > 0, faded, 0) + jnp.where(stats.present, 1 - decay, 0)
@@ -227,7 +229,8 @@ def average_norms(
     return mass, (1 - rate) * norms + rate * stats.norms
 
 
-def _decay(beta: Number, updates: Int[Array, ""]) -> Float[Array, ""]:
+def decay_over(beta: Number, updates: Int[Array, ""]) -> Float[Array, ""]:
+    """The part of an average that is kept over that many updates."""
     return jnp.clip(jnp.asarray(beta, jnp.float32), 0, 1) ** updates.astype(jnp.float32)
 
 

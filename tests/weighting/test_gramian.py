@@ -422,6 +422,16 @@ def test_gradvac_by_hand():
         np.testing.assert_allclose(state.usual_cosines, usual, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", IN_RANDOM_ORDER)
+def test_sums_and_the_mean_behind_a_clip(name):
+    """Of agreeing gradients it is K times their mean, and rescaled to 1 the mean."""
+    jacobian = np.array([[3.0, 4.0], [3.0, 4.1], [3.0, 3.9]])
+    weights, _ = solve(name, jacobian)
+    np.testing.assert_allclose(weights, 1, rtol=1e-5)
+    rule = weighting.rescaled(RULES[name](3), 1.0)
+    np.testing.assert_allclose(rule.update(measured(jacobian), rule.init())[0], 1 / 3, rtol=1e-5)
+
+
 def test_gradvac_without_memory_is_pcgrad():
     jacobian = np.random.default_rng(4).normal(size=(5, 4))
     stats = measured(jacobian)
@@ -440,6 +450,25 @@ def test_limits_of_cagrad_and_fairgrad():
     np.testing.assert_array_equal(
         fair.update(stats, fair.init())[0],
         weighting.nash_mtl(3).update(stats, fair.init())[0],
+    )
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nash_mtl", 377), ("fairgrad", 2715)])
+def test_nearly_opposed_gradients_and_what_heads_get(name, expected):
+    """As documented, at 0.2 degrees from opposite; and the bound, which keeps the direction."""
+    angle, make = np.deg2rad(0.2), getattr(weighting, name)
+    jacobian = 3 * np.array([[1.0, 0.0], [-np.cos(angle), np.sin(angle)]])
+    alone = solve(name, 3 * np.eye(2))[0]
+    np.testing.assert_allclose(solve(name, jacobian)[0] / alone, expected, rtol=1e-2)
+    rule, norms = make(2, max_amplification=10.0), np.array([300.0, 3.0])
+    jacobian[0] *= 100
+    weights, alone = solve(name, jacobian)[0], solve(name, np.diag(norms))[0]
+    bounded = np.asarray(rule.update(measured(jacobian), rule.init())[0], float)
+    np.testing.assert_allclose(np.max(bounded / alone), 10, rtol=1e-5)
+    np.testing.assert_allclose(bounded[0] / bounded[1], weights[0] / weights[1], rtol=1e-5)
+    easy = measured(np.diag(norms) + 0.1)
+    np.testing.assert_array_equal(
+        rule.update(easy, rule.init())[0], make(2).update(easy, rule.init())[0]
     )
 
 
@@ -484,6 +513,8 @@ def test_errors():
         weighting.cagrad(2, c=1.0)
     with pytest.raises(ValueError, match="alpha=0 must be positive"):
         weighting.fairgrad(2, alpha=0)
+    with pytest.raises(ValueError, match=r"max_amplification=0.5 must be at least 1"):
+        weighting.nash_mtl(2, max_amplification=0.5)
     with pytest.raises(ValueError, match=r"beta=1.5 must be in \[0, 1\]"):
         weighting.gradvac(2, beta=1.5)
     with pytest.raises(ValueError, match="scale='max' must be"):

@@ -41,13 +41,15 @@ def compiled_loop(num_tasks):
     )
 
 
-def test_the_formula():
+@pytest.mark.parametrize("ratios", [None, [2.0, 1.0, 1.0]])
+def test_the_formula(ratios):
     """Two updates by hand, in NumPy."""
     kp, ki, norms = 0.7, 0.2, np.array([[5.0, 1.0, 0.2], [1.0, 2.0, 3.0]])
-    loop = controller.simulate(norms, from_equal(3, kp=kp, ki=ki))
+    loop = controller.simulate(norms, from_equal(3, kp=kp, ki=ki, ratios=ratios))
+    set_points = np.full(3, 1 / 3) if ratios is None else np.array([0.5, 0.25, 0.25])
     weights, integral = np.full(3, 1 / 3), np.zeros(3)
     for t, g in enumerate(norms):
-        error = 1 / 3 - weights * g / np.sum(weights * g)
+        error = set_points - weights * g / np.sum(weights * g)
         integral = integral + ki * error
         weights = np.exp(integral + kp * error)
         weights = weights / weights.sum()
@@ -60,6 +62,26 @@ def test_no_error_is_left_where_the_closed_form_leaves_one():
     np.testing.assert_allclose(closed.contributions[-1], [0.25, 0.25, 0.0005], rtol=2e-3)
     controlled = controller.simulate(norms, from_equal(3), steps=2000)
     np.testing.assert_allclose(controlled.contributions[-1], 0.000998, rtol=1e-3)
+
+
+def test_ratios_of_the_contributions():
+    """From the first measurement, and where it comes to rest from equal weights; absent too."""
+    norms, ratios = np.array([50.0, 1.0, 0.2]), np.array([1.0, 0.5, 0.1])
+    for rule, at in (
+        (weighting.proportional_integral(3, ratios=ratios), 0),
+        (from_equal(3, ratios=ratios), -1),
+    ):
+        loop = controller.simulate(norms, rule, steps=1000)
+        found = loop.contributions[at] / loop.contributions[at][0]
+        np.testing.assert_allclose(found, ratios, rtol=1e-3)
+    rule = from_equal(3, ratios=ratios)
+    state = rule.init()
+    for _ in range(500):
+        weights, state = rule.update(stats_of([50, 0, 0.2], [True, False, True]), state)
+    np.testing.assert_allclose(weights[2] * 0.2 / (weights[0] * 50), 0.1, rtol=1e-3)
+    np.testing.assert_allclose(weights[1], 1 / 3, rtol=1e-6)
+    with pytest.raises(ValueError, match="ratios must be positive"):
+        weighting.proportional_integral(2, ratios=[1.0, 0.0])
 
 
 def test_without_the_integral_an_error_is_left():

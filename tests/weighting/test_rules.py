@@ -27,6 +27,22 @@ def contribution_ratio(weights, norms):
     return contributions.max() / contributions.min()
 
 
+def test_constant_knows_its_number_of_tasks(weigh):
+    """And takes it, as before, in every way in which it can be given."""
+    wanted = np.float32([3.0, -1.0, 0.5])
+    for rule in (
+        weighting.constant(wanted),
+        weighting.constant(weights=wanted),
+        weighting.constant(3, wanted),
+        weighting.constant(3, weights=wanted),
+        weighting.constant(num_tasks=3, weights=wanted),
+        weighting.constant(jnp.asarray(wanted)),
+    ):
+        assert rule.num_tasks == 3
+        np.testing.assert_array_equal(rule.initial_weights, wanted)
+        np.testing.assert_array_equal(weigh(rule, [1, 1, 1])[0], wanted)
+
+
 def test_published_numbers(weigh):
     norms = np.array([5, 0.01])
     (closed,) = weigh(weighting.inverse_share(2), norms)
@@ -81,6 +97,30 @@ def test_priorities_are_the_ratio_of_contributions(weigh, rule):
     contributions = weights * norms
     np.testing.assert_allclose(contributions[0] / contributions[1], 3, rtol=1e-5)
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_inverse_norm_to_the_mean(weigh, power):
+    """Each contribution is the mean norm at power 1; the sum is free, and equal norms weigh 1."""
+    norms, priorities = np.array([300.0, 0.7, 9.0]), np.array([3.0, 1.0, 2.0])
+    rule = weighting.inverse_norm(3, power=power, scale="mean")
+    np.testing.assert_allclose(weigh(rule, norms)[0], (norms.mean() / norms) ** power, rtol=1e-5)
+    np.testing.assert_array_equal(weigh(rule, [2.0] * 3)[0], rule.initial_weights)
+    wanted = weighting.inverse_norm(3, power=power, scale="mean", task_priorities=priorities)
+    expected = (norms.mean() / norms) ** power * priorities / 2
+    np.testing.assert_allclose(weigh(wanted, norms)[0], expected, rtol=1e-5)
+    present = jnp.array([True, True, False])
+    two = [300.0, 0.7, 0.0]
+    expected = [*(np.mean(two[:2]) / np.array(two[:2])) ** power, 0]
+    np.testing.assert_allclose(weigh(rule, two, present=present)[0], expected, rtol=1e-5)
+
+
+def test_inverse_norm_to_the_mean_at_the_edges(weigh):
+    rule = weighting.inverse_norm(3, scale="mean")
+    np.testing.assert_allclose(weigh(rule, [3.0, 0.0, 3.0])[0], [2 / 3, 1, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(weigh(rule, [0.0] * 3)[0], 1)
+    weights = weigh(rule, [3e38, 3e38, 1e-38])[0]
+    assert np.all(np.isfinite(weights) & (weights > 0))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -148,6 +188,7 @@ def test_rescaled_leaves_a_sum_of_zero_alone(weigh):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: weighting.inverse_norm(2, scale="sum"), "scale='sum' must be"),
         (lambda: weighting.uniform(0), "num_tasks=0 must be at least 1"),
         (lambda: weighting.uniform(2.0), "integer, got 2.0"),
         (lambda: weighting.uniform(jnp.int32(2)), "static_args"),
@@ -160,6 +201,12 @@ def test_rescaled_leaves_a_sum_of_zero_alone(weigh):
         (lambda: weighting.inverse_share(2, task_priorities=[1.0, 0.0]), "positive and finite"),
         (lambda: weighting.constant(2, [1.0]), r"weights must have shape \(2,\)"),
         (lambda: weighting.constant(2, [1.0, np.nan]), "finite"),
+        (lambda: weighting.constant(3), r"weights must be a vector.*got shape \(\)"),
+        (lambda: weighting.constant([]), r"weights must be a vector.*got shape \(0,\)"),
+        (lambda: weighting.constant([1.0], num_tasks=2), r"weights must have shape \(2,\)"),
+        (lambda: weighting.constant(), "constant takes the weights"),
+        (lambda: weighting.constant(2, [1.0, 2.0], num_tasks=2), "constant takes the weights"),
+        (lambda: weighting.constant(2.0, [1.0, 2.0]), r"num_tasks must be an integer, got 2.0"),
         (lambda: weighting.rescaled(weighting.uniform(2), 0.0), "total=0.0"),
         (lambda: weighting.rescaled(weighting.uniform, 1.0), "Call the rule first"),
     ],
