@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent
 NOTEBOOKS = DOCS / "notebooks"  # copies of ../notebooks, while a build runs
 PAGES = "https://github.com/gaba-jax/gaba_jax/blob/main/docs/"  # as notebooks link them
 WIDE = 560  # pixels: a picture of more is not made smaller than that
-PANELS = {"images/balance.png", "images/tutorial.png"}  # three side by side: one by one on a phone
+PANELS = {"images/balance.png"}  # three side by side: one by one on a phone
 
 project = "gaba_jax"
 author = "The gaba_jax authors"

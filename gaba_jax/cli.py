@@ -357,7 +357,7 @@ def _train(command: Train, console: Console) -> int:
     check_config(config, len(data.train.rul))
     if command.budget is not None:
         console.print(
-            f"Ends after {command.budget:g} minutes at the latest, also within an epoch (--budget)."
+            f"Ends after about {command.budget:g} minutes, also within an epoch (--budget)."
         )
     if out is not None and not going_on:
         out.mkdir(parents=True, exist_ok=True)

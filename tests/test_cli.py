@@ -469,7 +469,7 @@ def test_a_budget_is_told_before_and_an_unfinished_epoch_after(capsys, monkeypat
     monkeypatch.setattr(cli, "train", lambda *_: finished_run(500))
     assert run("train", "--budget", 2.5, "--stride", 60) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Ends after 2.5 minutes at the latest, also within an epoch (--budget).")
+    assert out.startswith("Ends after about 2.5 minutes, also within an epoch (--budget).")
     assert "ended by budget; evaluated after epoch 2, which was not finished" in " ".join(
         out.split()
     )

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests import pages
+from tests.slow import rest_slow
 
 DOCS = Path(__file__).parent.parent / "docs"
 WITH_CODE = [path for path in sorted(DOCS.glob("*.md")) if pages.blocks(path.read_text())]
+FAST = [path for path in WITH_CODE if path.stem != "use_it_with"]  # see test_use_it_with.py
 
 
-@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", rest_slow(WITH_CODE, fast=FAST), ids=lambda path: path.stem)
 def test_the_code_on_the_page(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # pictures are saved
     pages.run(path)

@@ -203,8 +203,10 @@ def check_options(config: TrainConfig) -> None:
     """Raises a ValueError that names the option which is out of its range, whatever the data."""
     for name, hint in typing.get_type_hints(TrainConfig).items():
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
-        if choices and getattr(config, name) not in choices:
-            raise ValueError(f"{name}={getattr(config, name)!r} must be one of {choices}.")
+        value = getattr(config, name)
+        if choices and value not in choices:
+            meant = did_you_mean(str(value), choices)
+            raise ValueError(f"{name}={value!r} must be one of {choices}.{meant}")
     for name in ("epochs", "batch_size", "stride", "every", "plateau_patience", "early_stopping"):
         value = getattr(config, name)
         if value is not None and value < 1:
