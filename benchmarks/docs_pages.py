@@ -345,6 +345,7 @@ def tables() -> dict[str, dict[str, str]]:
         "slices.md": {start(part.__name__): part() for part in (slices, slices_goals)},
         "instance_wise.md": {start("instance_wise"): instance_wise()},
         "auxiliary_losses.md": {start("auxiliary"): auxiliary()},
+        "physics_informed.md": {start(part.__name__): part() for part in (physics, preconditioned)},
         "control.md": {start(part.__name__): part() for part in (control, control_updates)},
         "published_experiment.md": {start("full_model"): full_model()},
         "benchmarks.md": {
