@@ -39,8 +39,8 @@ from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._aggregators import grad_drop, trimmed_mean
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._diagnose import diagnose
-from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._example_norms import example_norms
+from gaba_jax._findings import Diagnosis
 from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, group_names, only
 from gaba_jax._state import BalanceState
