@@ -39,11 +39,12 @@ from gaba_jax._accumulate import TaskMultiSteps
 from gaba_jax._aggregators import grad_drop, trimmed_mean
 from gaba_jax._balanced import BalancedGradient, balanced_value_and_grad
 from gaba_jax._diagnose import diagnose
-from gaba_jax._diagnosis import Diagnosis
 from gaba_jax._example_norms import example_norms
+from gaba_jax._findings import Diagnosis
 from gaba_jax._per_task import per_task
 from gaba_jax._selection import exclude, group_names, only
 from gaba_jax._state import BalanceState
+from gaba_jax._task_norms import task_norms
 from gaba_jax._transform import balance, by_group, equalize, gaba, gradnorm
 from gaba_jax._value_and_grad import task_names, task_value_and_grad
 from gaba_jax.monitor import balance_metrics
@@ -75,6 +76,7 @@ __all__ = [
     "only",
     "per_task",
     "task_names",
+    "task_norms",
     "task_value_and_grad",
     "trimmed_mean",
     "weighting",

@@ -32,9 +32,14 @@ def each_task(values: Array, leaf: Array) -> Array:
 
 
 def check_stacked(
-    updates: Any, params: Any, num_tasks: int, num_leaves: int, remedy: str = _REMEDY
+    updates: Any,
+    params: Any,
+    num_tasks: int,
+    num_leaves: int,
+    remedy: str = _REMEDY,
+    what: str = "updates",
 ) -> None:
-    """Raises ValueError unless every leaf of ``updates`` is [num_tasks, *param.shape]."""
+    """Raises ValueError, about ``what``, unless every leaf is [num_tasks, *param.shape]."""
     if isinstance(params, optax.LookaheadParams):
         raise ValueError(
             "params came as optax.LookaheadParams, but must be those the gradients belong to: "
@@ -43,13 +48,13 @@ def check_stacked(
     leaves = jax.tree.leaves(updates)
     if len(leaves) != num_leaves:
         raise ValueError(
-            f"updates has {len(leaves)} leaves, but init saw parameters with {num_leaves}: "
+            f"{what} has {len(leaves)} leaves, but init saw parameters with {num_leaves}: "
             f"gradients and parameters must have the same tree structure. {remedy}"
         )
     names = leaf_names(updates)
     if params is not None and leaf_names(params) != names:
         raise ValueError(
-            f"updates has the leaves {', '.join(names)}, but params has "
+            f"{what} has the leaves {', '.join(names)}, but params has "
             f"{', '.join(leaf_names(params))}: gradients and params must have the same structure."
         )
     of_params = [None] * len(leaves) if params is None else jax.tree.leaves(params)
@@ -57,18 +62,18 @@ def check_stacked(
         shape = jnp.shape(leaf)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
-                f"updates leaf {name!r} has dtype {jnp.result_type(leaf)}, but gradients must be "
+                f"{what} leaf {name!r} has dtype {jnp.result_type(leaf)}, but gradients must be "
                 "floating-point. Keep what is not trained out of the tree, or have None there."
             )
         if not shape or shape[0] != num_tasks:
             raise ValueError(
-                f"updates leaf {name!r} has shape {shape}, but its leading axis must be the "
+                f"{what} leaf {name!r} has shape {shape}, but its leading axis must be the "
                 f"{num_tasks} tasks (num_tasks={num_tasks}). {remedy}"
             )
         expected = shape if param is None else (num_tasks, *jnp.shape(param))
         if shape != expected:
             raise ValueError(
-                f"updates leaf {name!r} has shape {shape}, but must have shape {expected}: "
+                f"{what} leaf {name!r} has shape {shape}, but must have shape {expected}: "
                 f"the tasks, then the parameter's shape. {remedy}"
             )
 

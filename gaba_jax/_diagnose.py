@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from gaba_jax._checks import check_params, leaf_names
-from gaba_jax._diagnosis import Diagnosis
+from gaba_jax._findings import Diagnosis
 from gaba_jax._selection import Selection, Selector, select
 from gaba_jax._state import seen_by_two
 from gaba_jax._statistics import Reads, combine_cosines, combine_norms, measure_stacked

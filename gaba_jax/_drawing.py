@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from gaba_jax._diagnosis import shortened
+from gaba_jax._findings import shortened
 
 # Okabe and Ito's palette: told apart under every kind of colour blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -63,10 +63,10 @@ def over_steps(
     return values, at
 
 
-def panels(count: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(count: int) -> tuple[Figure, list[Axes]]:
     """Panels one above the other, on the same updates."""
     figure = Figure(figsize=(WIDTH, 1.4 + 1.5 * count), layout="constrained")
-    each = figure.subplots(count, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0]
+    each = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     return figure, list(each)
 
 

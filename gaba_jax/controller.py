@@ -1,9 +1,9 @@
-"""GABA as a feedback controller: share, error, gain, the average as a filter, the loop in motion.
+"""Analysis, which no training needs: GABA as a feedback controller, and its loop in motion.
 
 The closed form of :func:`gaba_jax.weighting.inverse_share` is proportional control of the shares of
 the gradient norms, for any K; the average is a first-order low-pass filter; the floor is a
 saturation. Pure functions: NumPy arrays (and lists) give NumPy arrays, JAX arrays give JAX arrays
-and may be traced, in the precision that came. Nothing here is needed to train.
+and may be traced, in the precision that came.
 
 >>> import numpy as np
 >>> from gaba_jax import controller

@@ -24,11 +24,10 @@
 # %%
 try:
     import gaba_jax
-except ModuleNotFoundError:
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("pip", "install -q gaba_jax matplotlib")
-    import gaba_jax
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gaba_jax is not on PyPI yet. In a checkout of it: pip install -e . matplotlib"
+    ) from error
 
 print("gaba_jax", gaba_jax.__version__)
 

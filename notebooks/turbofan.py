@@ -25,11 +25,10 @@
 # %%
 try:
     import gaba_jax
-except ModuleNotFoundError:
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("pip", "install -q gaba_jax[turbofan]")
-    import gaba_jax
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'gaba_jax is not on PyPI yet. In a checkout of it: pip install -e ".[turbofan]"'
+    ) from error
 
 print("gaba_jax", gaba_jax.__version__)
 

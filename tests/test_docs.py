@@ -184,6 +184,46 @@ def test_names_in_tables_break_between_words():
     assert context["body"] == f'<p>a_b</p><td><a href="a_b.html">{name}</a> e_</td>'
 
 
+def modules_imported(path):
+    """The modules and names of this package that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_the_architecture_names_every_room_and_no_other():
+    package = ROOT / "gaba_jax"
+    page = PAGES["architecture.md"]
+    rooms = re.findall(r"^\| `([\w./]+)` \|", page, re.MULTILINE)
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(rooms) == sorted({path.name for path in package.glob("*.py")} | folders)
+    named = set(re.findall(r"\b(\w+\.py)\b", page))
+    assert named <= {path.name for path in package.rglob("*.py")}
+
+
+def test_what_the_architecture_says_of_imports():
+    package = ROOT / "gaba_jax"
+    imported = {path.stem: modules_imported(path) for path in package.glob("*.py")}
+    assert "gaba_jax._transform" not in imported["_balanced"]
+    assert "gaba_jax._balanced" not in imported["_transform"]
+    beside = PAGES["architecture.md"].partition("**Beside the update.**")[2]
+    beside = {f"gaba_jax.{name}" for name in re.findall(r"^\| `(\w+)(?:\.py|/)`", beside, re.M)}
+    assert len(beside) > 5
+    drivers = {"_transform", "_balanced", "_value_and_grad", "_aggregators", "_per_task", "linen"}
+    reached, todo = set(), drivers | {"_accumulate"}
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        assert not imported[name] & beside, name
+        ours = {full.removeprefix("gaba_jax.") for full in imported[name]}
+        todo |= (ours & set(imported)) - reached
+    assert {"_cut", "_products", "_state"} <= reached
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.py")), ids=lambda path: path.stem)
 def test_notebooks_link_pages(path):
     """By addresses that work in Colab too; conf.py makes them links within the documentation."""

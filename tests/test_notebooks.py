@@ -96,7 +96,7 @@ def test_what_is_stored_was_run_from_top_to_bottom(path):
 
 @pytest.mark.slow
 @each
-def test_it_opens_in_colab_and_installs_only_what_is_missing(path):
+def test_it_opens_in_colab_and_says_how_to_install_what_is_missing(path):
     cells = read(path).cells
     assert cells[0].cell_type == "markdown"
     assert BADGE.format(path.name) in cells[0].source
@@ -108,6 +108,8 @@ def test_it_opens_in_colab_and_installs_only_what_is_missing(path):
     assert ast.unparse(handler.type) == "ModuleNotFoundError"
     assert "pip" in ast.unparse(handler)
     assert not any("pip" in ast.unparse(line) for line in others)
+    if path.stem != "balancing_explorer":
+        assert "In a checkout of it: pip install -e" in ast.unparse(handler)
 
 
 def check_run(path, folder):

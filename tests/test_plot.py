@@ -90,98 +90,6 @@ def history(request):
     return norms, rng.dirichlet(np.ones(num_tasks), 120), NAMES[num_tasks]
 
 
-def test_weights(history):
-    _, weights, names = history
-    figure = drawn(plot.weights(weights, names, steps=np.arange(0, 1200, 10)))
-    (axes,) = figure.axes
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("task weight", "update")
-    for i, line in enumerate(axes.lines):
-        np.testing.assert_array_equal(line.get_xdata(), np.arange(0, 1200, 10))
-        np.testing.assert_array_equal(line.get_ydata(), weights[:, i])
-    (legend,) = figure.legends
-    assert len(labels(legend)) == len(names)
-    assert explains(legend, axes.lines)
-    assert axes.get_ylim() == (-0.02, 1.02)
-    if len(names) < 9:
-        assert labels(legend) == names
-
-
-def test_norms_and_their_ratio(history):
-    norms, _, names = history
-    figure = drawn(plot.norms(norms, names))
-    above, below = figure.axes
-    assert (above.get_ylabel(), below.get_ylabel()) == ("gradient norm", "largest / smallest")
-    assert above.get_yscale() == below.get_yscale() == "log"
-    raw, smooth = above.lines[::2], above.lines[1::2]
-    assert explains(figure.legends[0], smooth)
-    for i in range(len(names)):
-        np.testing.assert_array_equal(raw[i].get_ydata(), norms[:, i])
-        blocks = norms[:, i].reshape(-1, 2)
-        np.testing.assert_allclose(smooth[i].get_ydata(), np.median(blocks, axis=1))
-        np.testing.assert_allclose(smooth[i].get_xdata(), np.arange(1, 121, 2) + 0.5)
-    np.testing.assert_allclose(below.lines[0].get_ydata(), norms.max(axis=1) / norms.min(axis=1))
-
-
-def test_contributions_before_and_after(history):
-    norms, weights, names = history
-    figure = drawn(plot.contributions(norms, weights, names))
-    before, after = figure.axes
-    assert (before.get_ylabel(), after.get_ylabel()) == ("equal weights", "as weighted")
-    assert figure.get_supylabel() == "weight x gradient norm"
-    assert before.get_ylim() == after.get_ylim()
-    assert before.get_yscale() == after.get_yscale() == "log"
-    assert explains(figure.legends[0], before.lines[1::2])
-    for i in range(len(names)):
-        np.testing.assert_allclose(before.lines[2 * i].get_ydata(), norms[:, i] / len(names))
-        np.testing.assert_allclose(after.lines[2 * i].get_ydata(), norms[:, i] * weights[:, i])
-
-
-def test_shares_against_their_reference(history):
-    norms, weights, names = history
-    figure = drawn(plot.shares(norms, weights, names))
-    above, below = figure.axes
-    assert (above.get_ylabel(), below.get_ylabel()) == ("share of norms", "share of contributions")
-    for axes, values in ((above, norms), (below, norms * weights)):
-        parts = values / values.sum(axis=1, keepdims=True)
-        for i in range(len(names)):
-            np.testing.assert_allclose(axes.lines[2 * i].get_ydata(), parts[:, i])
-        assert axes.lines[-1].get_ydata() == [1 / len(names)] * 2
-    assert labels(figure.legends[0])[-1] == "reference"
-    assert explains(figure.legends[0], [*above.lines[1 : 2 * len(names) : 2], above.lines[-1]])
-    wanted = np.arange(1, len(names) + 1) / sum(range(1, len(names) + 1))
-    (axes, _) = drawn(plot.shares(norms, weights, names, reference=wanted)).axes
-    levels = [line.get_ydata()[0] for line in axes.lines[2 * len(names) :]]
-    np.testing.assert_allclose(levels, wanted)
-
-
-@pytest.mark.parametrize("num_tasks", NAMES)
-def test_cosine_matrix(num_tasks):
-    cosines = np.corrcoef(np.random.default_rng(0).normal(size=(num_tasks, 5)))
-    figure = drawn(plot.cosine_matrix(cosines, NAMES[num_tasks]))
-    axes, scale = figure.axes
-    np.testing.assert_array_equal(axes.images[0].get_array(), cosines)
-    assert axes.images[0].get_clim() == (-1, 1)
-    assert scale.get_ylabel() == "cosine"
-    numbers = [text.get_text() for text in axes.texts]
-    assert numbers == ([f"{c:.2f}" for c in cosines.flat] if num_tasks < 9 else [])
-    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
-        assert len(ticks) == num_tasks
-        assert ticks[0].get_text()[:3] == NAMES[num_tasks][0][:3]
-
-
-@pytest.mark.parametrize(("beta", "start", "target"), [(0.99, 0, 1), (0.5, 0.9, 0.1)])
-def test_step_response(beta, start, target):
-    (axes,) = drawn(plot.step_response(beta, start=start, target=target)).axes
-    curve, level, half, constant, settled = axes.lines
-    at = curve.get_xdata()
-    np.testing.assert_allclose(curve.get_ydata(), target + (start - target) * beta**at)
-    assert list(level.get_ydata()) == [target, target]
-    left = [(line.get_ydata()[0] - target) / (start - target) for line in (half, constant, settled)]
-    np.testing.assert_allclose(left[:2], [0.5, np.exp(-1)])
-    assert left[2] <= 0.02 < left[2] / beta
-    assert labels(axes.get_legend())[2] == f"50 %: {np.log(0.5) / np.log(beta):.3g} updates"
-
-
 # Machado, Oliveira and Fernandes 2009, severity 1, in linear RGB.
 SEEN_AS = {
     "everyone": np.eye(3),
@@ -225,10 +133,15 @@ def test_every_task_has_a_line_of_its_own():
 
 
 def test_the_style_of_the_caller_stays_and_does_not_matter():
-    weights = np.full((3, 2), 0.5)
-    plain = plot.weights(weights, ["a", "b"]).axes[0].xaxis.label.get_fontsize()
+    halves = np.full((3, 2), 0.5)
+
+    def size():
+        figure = plot.balance_history(halves, halves, ["a", "b"])
+        return figure.axes[0].xaxis.label.get_fontsize()
+
+    plain = size()
     with matplotlib.rc_context({"font.size": 30, "axes.labelsize": 30}):
-        assert plot.weights(weights, ["a", "b"]).axes[0].xaxis.label.get_fontsize() == plain
+        assert size() == plain
         assert matplotlib.rcParams["font.size"] == 30
 
 
@@ -236,28 +149,11 @@ def test_the_style_of_the_caller_stays_and_does_not_matter():
 def test_pyplot_is_not_needed():
     code = (
         "import sys, numpy as np; from gaba_jax import plot;"
-        "plot.weights(np.ones((3, 2)), ['a', 'b']).savefig(__import__('io').BytesIO());"
+        "ones = np.ones((3, 2));"
+        "plot.balance_history(ones, ones, ['a', 'b']).savefig(__import__('io').BytesIO());"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_what_does_not_fit():
-    two = np.ones((4, 2))
-    with pytest.raises(ValueError, match=r"task_weights must be \[T, K\] with K = 3 names"):
-        plot.weights(two, ["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"steps must number the 4 updates; got .* \(3,\)"):
-        plot.norms(two, ["a", "b"], steps=[1, 2, 3])
-    with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(3, 2\)"):
-        plot.contributions(two, two[1:], ["a", "b"])
-    with pytest.raises(ValueError, match=r"reference must be \[2\] shares"):
-        plot.shares(two, two, ["a", "b"], reference=[1.0])
-    with pytest.raises(ValueError, match=r"must be \[K, K\] with K = 2 .* \(4, 2\)"):
-        plot.cosine_matrix(two, ["a", "b"])
-    with pytest.raises(ValueError, match="beta=0 must be in"):
-        plot.step_response(0)
-    with pytest.raises(ValueError, match="there is no jump"):
-        plot.step_response(0.9, start=1.0)
 
 
 def test_balance_history_draws_the_given_numbers():
@@ -272,6 +168,7 @@ def test_balance_history_draws_the_given_numbers():
     np.testing.assert_allclose(ratio_axes.lines[0].get_ydata(), norms[:, 0] / norms[:, 1])
     assert norm_axes.get_yscale() == ratio_axes.get_yscale() == "log"
     assert weight_axes.get_ylim() == (-0.02, 1.02)
+    np.testing.assert_allclose(norm_axes.lines[1].get_ydata(), norms[:, 0])  # medians of blocks
     assert explains(norm_axes.get_legend(), norm_axes.lines[1::2])
     assert explains(weight_axes.get_legend(), weight_axes.lines)
     for axes, labels in [
@@ -346,11 +243,11 @@ def test_tasks_without_a_gradient(silent):
     norms[:, silent] = 0  # as a rule that measures nothing records it
     weights, names = np.full((100, 2), 0.5), ["a", "b"]
     for figure in (
-        plot.norms(norms, names),
-        plot.contributions(norms, weights, names),
+        plot.history(logged(norms, weights, names)),
         plot.balance_history(norms, weights, names),
     ):
-        lines = drawn(figure).axes[0].lines
+        (axes,) = [a for a in drawn(figure).axes if a.get_ylabel() == "gradient norm"]
+        lines = axes.lines
         assert np.isnan(lines[3].get_ydata()).all()
         assert np.isnan(lines[1].get_ydata()).all() == (0 in silent)
 
@@ -358,7 +255,7 @@ def test_tasks_without_a_gradient(silent):
 def test_medians_do_not_bridge_a_gap():
     norms = np.ones((100, 2))
     norms[40:60, 0] = 0
-    above, _ = plot.norms(norms, ["a", "b"]).axes
+    above = plot.balance_history(norms, np.full((100, 2), 0.5), ["a", "b"]).axes[0]
     expected = np.where(norms[::2, 0] > 0, 1, np.nan)
     np.testing.assert_array_equal(above.lines[1].get_ydata(), expected)
 
@@ -366,13 +263,13 @@ def test_medians_do_not_bridge_a_gap():
 @pytest.mark.slow
 def test_weights_that_learned_to_be_negative_pull_as_hard():
     norms, weights = np.full((50, 2), 3.0), np.tile([-0.5, 4.0], (50, 1))
-    _, after = drawn(plot.contributions(norms, weights, ["a", "b"])).axes
-    np.testing.assert_allclose(after.lines[0].get_ydata(), 1.5)
-    for figure in (
-        plot.balance_history(norms, weights, ["a", "b"]),
-        plot.weights(weights, ["a", "b"]),
+    run = drawn(plot.history(logged(norms, weights, ["a", "b"])))
+    np.testing.assert_allclose(run.axes[2].lines[0].get_ydata(), 1.5, rtol=1e-6)
+    for axes in (
+        drawn(plot.balance_history(norms, weights, ["a", "b"])).axes[-1],
+        run.axes[0],
     ):
-        low, high = drawn(figure).axes[-1].get_ylim()
+        low, high = axes.get_ylim()
         assert low < -0.5
         assert high > 4
     ratio = plot.balance_history(norms, weights, ["a", "b"]).axes[1].lines[2]
@@ -382,14 +279,18 @@ def test_weights_that_learned_to_be_negative_pull_as_hard():
 def test_one_update_is_seen():
     one = np.array([[0.3, 0.7]])
     for figure in (
-        plot.weights(one, ["a", "b"]),
-        plot.norms(one, ["a", "b"]),
+        plot.history(logged(one, one, ["a", "b"])),
         plot.balance_history(one, one, ["a", "b"]),
     ):
         assert any(line.get_marker() == "." for line in figure.axes[-1].lines)
 
 
 def test_wrong_shapes():
+    rows = logged(np.ones((4, 2)), np.ones((4, 2)), ["a", "b"])
+    with pytest.raises(ValueError, match=r"steps must number the 4 updates; got .* \(3,\)"):
+        plot.history(rows, steps=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(3, 2\)"):
+        plot.balance_history(np.ones((4, 2)), np.ones((3, 2)), ["a", "b"])
     with pytest.raises(ValueError, match=r"K = 3 names.*\(4, 2\)"):
         plot.balance_history(np.ones((4, 2)), np.ones((4, 2)), ["a", "b", "c"])
 

@@ -180,173 +180,259 @@ def _train_seeds(
     budget: float | None = None,
 ) -> list[Run]:
     check_config(config, len(data.train.rul))
-    pace = Budget(budget)
-    started = time.perf_counter()
-    num_windows = len(data.train.rul)
-    steps = num_windows // config.batch_size
-    program = make_program(config, rule, data.train.windows.shape, steps)
+    runs = _Runs(data, config, rule, seeds, on_epoch, checkpoints, budget)
+    if checkpoints is not None:
+        runs.resume(checkpoints)
+    ended = runs.ended_before()
+    while ended is None:
+        runs.train_chunk()
+        ended = runs.ended()
+        if checkpoints is not None:
+            runs.save(checkpoints, ended is not None)
+    runs.evaluate_unfinished_epoch()
+    return runs.results(ended)
 
-    def shuffle(keys: jax.Array, epoch: int) -> jax.Array:
-        drawn = [jax.random.permutation(jax.random.fold_in(k, epoch), num_windows) for k in keys]
-        return jnp.stack(drawn)[:, : steps * config.batch_size]
 
-    def predict(variables: Any, split: Split) -> list[tuple[Any, Any]]:
-        """RUL [N] and health [N] of each seed."""
-        ruls, healths = jax.tree.map(np.asarray, program.predict(variables, split.windows))
-        return list(zip(ruls, healths, strict=True))
+class _Runs:
+    """Runs under way, one for each seed: what they hold by now, and what takes them further.
 
-    carries = program.init(seeds)
-    best: Any = (carries.params, carries.stats) if config.early_stopping is not None else ()
-    on_device = jax.device_put(data.train)
-    evaluated = sum(len(s.rul) for s in (data.validation, data.test, data.test_all) if s)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    total = config.epochs * steps
-    history = {name: np.zeros([len(seeds), total, len(TASKS)], np.float32) for name in _HISTORY}
-    scalars: list[list[dict[str, float]]] = [[] for _ in seeds]
-    records: list[list[EpochRecord]] = [[] for _ in seeds]
-    seconds: list[float] = []
-    done, elapsed, orders, saved_as = 0, 0.0, shuffle(keys, 1), {}
+    Attributes:
+      carries: what one update hands to the next, over a leading axis of seeds.
+      best: the parameters and statistics of the lowest validation RMSE; () unless one stops early.
+      keys: a random key for each seed; orders, the rows of the epoch at work.
+      done: the updates done, of ``total``; ``steps`` are in an epoch.
+      history: by name, [seeds, total, tasks]; rows from ``done`` on are zero.
+      scalars: for each seed those of its evaluated epochs; ``records``, of its finished ones.
+      seconds: of training, for each epoch; ``elapsed``, before the checkpoint gone on from.
+    """
 
-    def first_state() -> dict[str, Any]:
-        """Of the first seed. In numpy, since arrays bound to a device would compile once more."""
-        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), carries._asdict() | {"best": best})
+    def __init__(
+        self,
+        data: TurbofanData,
+        config: TrainConfig,
+        rule: weighting.Weighting,
+        seeds: Sequence[int],
+        on_epoch: Callable[[Sequence[EpochRecord]], None],
+        checkpoints: Checkpoints | None,
+        budget: float | None,
+    ):
+        self.data, self.config, self.seeds, self.on_epoch = data, config, seeds, on_epoch
+        self.pace = Budget(budget)
+        self.started = time.perf_counter()
+        self.steps = len(data.train.rul) // config.batch_size
+        self.total = config.epochs * self.steps
+        self.checkpoint_every = None if checkpoints is None else checkpoints.every
+        self.program = make_program(config, rule, data.train.windows.shape, self.steps)
+        self.carries = self.program.init(list(seeds))
+        self.best: Any = (self.carries.params, self.carries.stats) if self._stops_early() else ()
+        self.on_device = jax.device_put(data.train)
+        self.keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        self.orders = self._shuffled(1)
+        shape = len(seeds), self.total, len(TASKS)
+        self.history = {name: np.zeros(shape, np.float32) for name in _HISTORY}
+        self.scalars: list[list[dict[str, float]]] = [[] for _ in seeds]
+        self.records: list[list[EpochRecord]] = [[] for _ in seeds]
+        self.seconds: list[float] = []
+        self.done, self.resumed_at, self.elapsed = 0, 0, 0.0
+        self.saved_as: dict[str, Any] = {}
 
-    def evaluate(since: int) -> Any:
-        """Adds the scalars of the updates since the given one; returns what was evaluated."""
-        began = time.perf_counter()
-        variables = program.evaluated(carries)
-        predicted = predict(variables, data.validation)
-        validation = [scores(data.validation, *each) for each in predicted]
-        for i, found in enumerate(validation):
-            state = jax.tree.map(lambda leaf, i=i: leaf[i], carries.balance)
-            losses = history["losses"][i, since:done]
-            scalars[i].append(epoch_scalars(losses, found, balance_metrics(state, TASKS)))
-        took = time.perf_counter() - began
-        pace.note_evaluation(took * evaluated / len(data.validation.rul))
-        return variables, validation
-
-    def finish(epoch: int) -> None:
-        rows = slice((epoch - 1) * steps, min(epoch * steps, done))
-        for i in range(len(seeds)):
-            record = EpochRecord(
-                epoch, scalars[i][epoch - 1], *(history[name][i, rows] for name in _HISTORY)
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Goes on from the newest checkpoint, where there is one and it is to be."""
+        self.saved_as = identity(self.config) | {
+            "tasks": list(TASKS),
+            "data": _fingerprint(self.data),
+        }
+        snapshot = checkpoints.start(self._first_state(), self.saved_as, identity(TrainConfig()))
+        if snapshot is None:
+            return
+        if len(snapshot.scalars) != snapshot.step // self.steps or snapshot.step > self.total:
+            raise ValueError(
+                f"{checkpoints.directory / str(snapshot.step)} is damaged: it has the scores "
+                f"of {len(snapshot.scalars)} epochs of {self.steps} updates. Remove that folder to "
+                "go on from the checkpoint before it."
             )
-            records[i].append(record)
-        on_epoch([each[-1] for each in records])
+        state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], snapshot.state)
+        self.best = state.pop("best")
+        self.carries = Carry(**state)
+        self.done = self.resumed_at = snapshot.step
+        self.seconds, self.elapsed = snapshot.seconds, snapshot.elapsed
+        self.keys, self.scalars = snapshot.rng[None], [snapshot.scalars]
+        self.orders = jnp.asarray(snapshot.order)[None]
+        for name in _HISTORY:
+            self.history[name][0, : self.done] = snapshot.history[name]
+        for epoch in range(1, self.done // self.steps + 1):
+            self._finish(epoch)
 
-    def end() -> str | None:
+    def ended_before(self) -> str | None:
+        """Why no update is done at all; an epoch that was begun is gone on with."""
+        return None if self.done % self.steps else self.ended()
+
+    def ended(self) -> str | None:
         """Why no further update is done."""
-        if done == total:
+        if self.done == self.total:
             return "all epochs"
-        patience = config.early_stopping
-        if patience is not None and done % steps == 0 and _stalled(scalars[0]) >= patience:
+        patience = self.config.early_stopping
+        whole = self.done % self.steps == 0
+        if patience is not None and whole and _stalled(self.scalars[0]) >= patience:
             return "early stopping"
-        if done > resumed_at and pace.over(time.perf_counter() - started):
+        if self.done > self.resumed_at and self.pace.over(time.perf_counter() - self.started):
             return "budget"
         return None
 
-    if checkpoints is not None:
-        saved_as = identity(config) | {"tasks": list(TASKS), "data": _fingerprint(data)}
-        snapshot = checkpoints.start(first_state(), saved_as, identity(TrainConfig()))
-        if snapshot is not None:
-            if len(snapshot.scalars) != snapshot.step // steps or snapshot.step > total:
-                raise ValueError(
-                    f"{checkpoints.directory / str(snapshot.step)} is damaged: it has the scores "
-                    f"of {len(snapshot.scalars)} epochs of {steps} updates. Remove that folder to "
-                    "go on from the checkpoint before it."
-                )
-            state = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], snapshot.state)
-            best = state.pop("best")
-            carries = Carry(**state)
-            done, seconds, elapsed = snapshot.step, snapshot.seconds, snapshot.elapsed
-            keys, scalars = snapshot.rng[None], [snapshot.scalars]
-            orders = jnp.asarray(snapshot.order)[None]
-            for name in _HISTORY:
-                history[name][0, :done] = snapshot.history[name]
-            for epoch in range(1, done // steps + 1):
-                finish(epoch)
-    resumed_at = done
-    ended = None if done % steps else end()
-    while ended is None:
-        epoch, start = divmod(done, steps)
+    def train_chunk(self) -> None:
+        """Updates up to the end of the epoch, or a checkpoint or the budget within it."""
+        epoch, start = divmod(self.done, self.steps)
         if start == 0:
-            orders = shuffle(keys, epoch + 1)
-            seconds.append(0.0)
-        stop = steps
-        if checkpoints is not None:
-            stop = min(stop, start + checkpoints.every - done % checkpoints.every)
+            self.orders = self._shuffled(epoch + 1)
+            self.seconds.append(0.0)
+        stop = self.steps
+        if self.checkpoint_every is not None:
+            to_the_next = self.checkpoint_every - self.done % self.checkpoint_every
+            stop = min(stop, start + to_the_next)
         before = time.perf_counter()
-        stop = start + pace.at_once(before - started, stop - start)
-        carries, record = jax.block_until_ready(
-            program.train_chunk(carries, keys, orders, epoch + 1, start, stop, on_device)
-        )
-        seconds[-1] += time.perf_counter() - before
-        pace.note(stop - start, time.perf_counter() - before)
-        for name, values in zip(_HISTORY, record, strict=True):
-            history[name][:, done : done + stop - start] = np.asarray(values)[:, start:stop]
-        done += stop - start
-        if stop == steps:
-            variables, validation = evaluate(done - steps)
-            carries = program.end_epoch(
-                carries, jnp.array([found.get("rmse", jnp.inf) for found in validation])
+        stop = start + self.pace.at_once(before - self.started, stop - start)
+        self.carries, record = jax.block_until_ready(
+            self.program.train_chunk(
+                self.carries, self.keys, self.orders, epoch + 1, start, stop, self.on_device
             )
-            if config.early_stopping is not None and not _stalled(scalars[0]):
-                best = variables
-            finish(epoch + 1)
-        ended = end()
-        if checkpoints is not None:
-            stopped = checkpoints.stop()
-            if stopped or done % checkpoints.every == 0 or ended is not None:
-                snapshot = Snapshot(
-                    step=done,
-                    state=first_state(),
-                    rng=keys[0],
-                    order=orders[0],
-                    history={name: values[0, :done] for name, values in history.items()},
-                    scalars=scalars[0],
-                    seconds=seconds,
-                    elapsed=elapsed + time.perf_counter() - started,
-                )
-                checkpoints.save(snapshot, saved_as)
-            if stopped:
-                raise Stopped(f"stopped after update {done} of {total}")
-    if done % steps:  # what is saved ends with whole epochs
-        variables, _ = evaluate(done - done % steps)
-        if config.early_stopping is not None and not _stalled(scalars[0]):
-            best = variables
-        finish(done // steps + 1)
-    variables = program.evaluated(carries) if config.early_stopping is None else best
-    splits = {"validation": data.validation, "test": data.test}
-    if data.test_all is not None:
-        splits["test_all_windows"] = data.test_all
-    predictions = {name: predict(variables, split) for name, split in splits.items()}
-    runs: list[Run] = []
-    for i, seed in enumerate(seeds):
-        of_seed = {name: values[i, :done] for name, values in history.items()}
+        )
+        took = time.perf_counter() - before
+        self.seconds[-1] += took
+        self.pace.note(stop - start, took)
+        now = self.done + stop - start
+        for name, values in zip(_HISTORY, record, strict=True):
+            self.history[name][:, self.done : now] = np.asarray(values)[:, start:stop]
+        self.done = now
+        if stop == self.steps:
+            self._end_epoch(epoch + 1)
+
+    def save(self, checkpoints: Checkpoints, ended: bool) -> None:
+        """Where a checkpoint is due, or the run is stopped or at its end.
+
+        Raises:
+          Stopped: ``checkpoints.stop`` asked for it.
+        """
+        stopped = checkpoints.stop()
+        if stopped or self.done % checkpoints.every == 0 or ended:
+            snapshot = Snapshot(
+                step=self.done,
+                state=self._first_state(),
+                rng=self.keys[0],
+                order=self.orders[0],
+                history={name: values[0, : self.done] for name, values in self.history.items()},
+                scalars=self.scalars[0],
+                seconds=self.seconds,
+                elapsed=self._elapsed(),
+            )
+            checkpoints.save(snapshot, self.saved_as)
+        if stopped:
+            raise Stopped(f"stopped after update {self.done} of {self.total}")
+
+    def evaluate_unfinished_epoch(self) -> None:
+        """After the last checkpoint, since what is saved ends with whole epochs."""
+        unfinished = self.done % self.steps
+        if unfinished:
+            variables, _ = self._evaluate(self.done - unfinished)
+            self._keep_best(variables)
+            self._finish(self.done // self.steps + 1)
+
+    def results(self, ended: str | None) -> list[Run]:
+        """A run for each seed, with the scores of all splits."""
+        variables = self.best if self._stops_early() else self.program.evaluated(self.carries)
+        splits = {"validation": self.data.validation, "test": self.data.test}
+        if self.data.test_all is not None:
+            splits["test_all_windows"] = self.data.test_all
+        predictions = {name: self._predict(variables, split) for name, split in splits.items()}
+        runs: list[Run] = []
+        for i in range(len(self.seeds)):
+            summary = self._summary(i, variables, ended)
+            for name, split in splits.items():
+                summary[name] = scores(split, *predictions[name][i])
+                if name != "validation":
+                    summary[f"{name}_uncapped"] = scores(split, *predictions[name][i], capped=False)
+            summary["diverged"] = not (summary["validation"] and summary["test"])
+            summary["timing"] = {
+                "seconds": self._elapsed() / len(self.seeds),
+                "step_seconds": _step_seconds(self.seconds, self.steps, self.done)
+                / len(self.seeds),
+            }
+            params, stats = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in variables)
+            runs.append(Run(params, stats, self.records[i], *predictions["test"][i], summary))
+        return runs
+
+    def _summary(self, i: int, variables: Any, ended: str | None) -> dict[str, Any]:
+        """Of one seed, without its scores."""
         summary = summarize(
-            dataclasses.replace(config, seed=seed),
-            data,
-            of_seed["task_norms"],
-            of_seed["task_weights"],
+            dataclasses.replace(self.config, seed=self.seeds[i]),
+            self.data,
+            self.history["task_norms"][i, : self.done],
+            self.history["task_weights"][i, : self.done],
         )
         summary["parameters"] = sum(leaf[i].size for leaf in jax.tree.leaves(variables[0]))
         summary["ended"] = ended
-        summary["epochs"] = done // steps
-        summary["evaluated_epoch"] = len(records[i])
-        if config.early_stopping is not None:
-            summary["evaluated_epoch"] -= _stalled(scalars[i])
-        for name, split in splits.items():
-            summary[name] = scores(split, *predictions[name][i])
-            if name != "validation":
-                summary[f"{name}_uncapped"] = scores(split, *predictions[name][i], capped=False)
-        summary["diverged"] = not (summary["validation"] and summary["test"])
-        summary["timing"] = {
-            "seconds": (elapsed + time.perf_counter() - started) / len(seeds),
-            "step_seconds": _step_seconds(seconds, steps, done) / len(seeds),
-        }
-        of_run = [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in variables]
-        runs.append(Run(of_run[0], of_run[1], records[i], *predictions["test"][i], summary))
-    return runs
+        summary["epochs"] = self.done // self.steps
+        summary["evaluated_epoch"] = len(self.records[i])
+        if self._stops_early():
+            summary["evaluated_epoch"] -= _stalled(self.scalars[i])
+        return summary
+
+    def _end_epoch(self, epoch: int) -> None:
+        variables, validation = self._evaluate(self.done - self.steps)
+        rmse = jnp.array([found.get("rmse", jnp.inf) for found in validation])
+        self.carries = self.program.end_epoch(self.carries, rmse)
+        self._keep_best(variables)
+        self._finish(epoch)
+
+    def _evaluate(self, since: int) -> tuple[Any, list[dict[str, Any]]]:
+        """Adds the scalars of the updates since the given one; what was evaluated, and how well."""
+        began = time.perf_counter()
+        variables = self.program.evaluated(self.carries)
+        predicted = self._predict(variables, self.data.validation)
+        validation = [scores(self.data.validation, *each) for each in predicted]
+        for i, found in enumerate(validation):
+            state = jax.tree.map(lambda leaf, i=i: leaf[i], self.carries.balance)
+            losses = self.history["losses"][i, since : self.done]
+            self.scalars[i].append(epoch_scalars(losses, found, balance_metrics(state, TASKS)))
+        took = time.perf_counter() - began
+        splits = (self.data.validation, self.data.test, self.data.test_all)
+        windows = sum(len(split.rul) for split in splits if split)
+        self.pace.note_evaluation(took * windows / len(self.data.validation.rul))
+        return variables, validation
+
+    def _keep_best(self, variables: Any) -> None:
+        if self._stops_early() and not _stalled(self.scalars[0]):
+            self.best = variables
+
+    def _finish(self, epoch: int) -> None:
+        """Records an epoch that was evaluated."""
+        rows = slice((epoch - 1) * self.steps, min(epoch * self.steps, self.done))
+        for i, records in enumerate(self.records):
+            measured = (self.history[name][i, rows] for name in _HISTORY)
+            records.append(EpochRecord(epoch, self.scalars[i][epoch - 1], *measured))
+        self.on_epoch([records[-1] for records in self.records])
+
+    def _shuffled(self, epoch: int) -> jax.Array:
+        """The rows of an epoch's batches, [seeds, steps x batch size]."""
+        number = len(self.data.train.rul)
+        drawn = [jax.random.permutation(jax.random.fold_in(k, epoch), number) for k in self.keys]
+        return jnp.stack(drawn)[:, : self.steps * self.config.batch_size]
+
+    def _predict(self, variables: Any, split: Split) -> list[tuple[Any, Any]]:
+        """RUL [N] and health [N] of each seed."""
+        predicted = self.program.predict(variables, split.windows)
+        ruls, healths = jax.tree.map(np.asarray, predicted)
+        return list(zip(ruls, healths, strict=True))
+
+    def _first_state(self) -> dict[str, Any]:
+        """Of the first seed. In numpy, since arrays bound to a device would compile once more."""
+        state = self.carries._asdict() | {"best": self.best}
+        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state)
+
+    def _stops_early(self) -> bool:
+        return self.config.early_stopping is not None
+
+    def _elapsed(self) -> float:
+        return self.elapsed + time.perf_counter() - self.started
 
 
 def _step_seconds(seconds: Sequence[float], steps: int, done: int) -> float:

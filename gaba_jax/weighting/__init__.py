@@ -12,7 +12,7 @@ from gaba_jax._statistics import Statistic, TaskStats
 from gaba_jax.weighting._aligned_mtl import aligned_mtl
 from gaba_jax.weighting._base import Weighting
 from gaba_jax.weighting._cagrad import cagrad
-from gaba_jax.weighting._config import config
+from gaba_jax.weighting._conflict_free import config
 from gaba_jax.weighting._constant import constant
 from gaba_jax.weighting._dual_projection import dual_projection
 from gaba_jax.weighting._dynamic_weight_average import (
@@ -30,7 +30,6 @@ from gaba_jax.weighting._gradvac import GradVacState, gradvac
 from gaba_jax.weighting._gramian import SolverState
 from gaba_jax.weighting._hold_after import HoldAfterState, hold_after
 from gaba_jax.weighting._imtl_g import imtl_g
-from gaba_jax.weighting._imtl_l import imtl_l
 from gaba_jax.weighting._inverse_dirichlet import inverse_dirichlet
 from gaba_jax.weighting._inverse_norm import inverse_norm
 from gaba_jax.weighting._inverse_share import inverse_share
@@ -53,7 +52,7 @@ from gaba_jax.weighting._scale_invariant import scale_invariant
 from gaba_jax.weighting._smooth_tchebycheff import smooth_tchebycheff
 from gaba_jax.weighting._soft_adapt import SoftAdaptState, soft_adapt
 from gaba_jax.weighting._stabilize import NormAverageState, StabilizeState, stabilize
-from gaba_jax.weighting._uncertainty import UncertaintyState, uncertainty
+from gaba_jax.weighting._uncertainty import UncertaintyState, imtl_l, uncertainty
 from gaba_jax.weighting._uniform import uniform
 from gaba_jax.weighting._upgrad import upgrad
 

@@ -1,4 +1,4 @@
-"""ConFIG: a direction at the same angle to every task gradient."""
+"""ConFIG, conflict-free inverse gradients: a direction at the same angle to every gradient."""
 
 import jax.numpy as jnp
 import optax
