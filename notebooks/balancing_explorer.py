@@ -344,7 +344,8 @@ def show_crossing(weight_1, norm_1, norm_2):
         color = COLORS[4] if name == "yours" else COLORS[6]
         left.plot([at, at], of_each, marker, color=color, markersize=6, linestyle=":")
     left.set(xscale="logit", xlim=(1e-6, 1 - 1e-6))
-    left.set_xticks([1e-4, 1e-2, 0.5, 1 - 1e-2, 1 - 1e-4])
+    ticks = [1e-4, 1e-2, 0.5, 0.99, 0.9999]
+    left.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     log_axis(left, [norm_1, norm_2, norm_1 / 1e5, norm_2 / 1e5])
     left.minorticks_off()
     left.tick_params(axis="x", labelsize=8)
@@ -587,7 +588,7 @@ def show_gradnorm(norm_1, norm_2, progress_1, progress_2, alpha, step, optimizer
     losses, applied, pulls = map(np.asarray, trained(norms, progress, alpha, step, optimizer))
     names = ("GABA", "GradNorm", "GradNorm, published")
     figure, every = canvas(*names, height=5.2, nrows=2, sharex=True, sharey="row")
-    figure.subplots_adjust(wspace=0.08, hspace=0.12)
+    figure.subplots_adjust(left=0.085, wspace=0.08, hspace=0.12)
     updates = np.arange(1, 101)
     for rows, values in ((every[:3], np.abs(applied * pulls)), (every[3:], losses)):
         for axes, of_rule in zip(rows, values, strict=True):
