@@ -1,5 +1,6 @@
-"""The explorer in JupyterLab, driven by the keyboard of a headless Chromium."""
+"""The explorer: its panels by themselves, and in JupyterLab by a headless Chromium's keyboard."""
 
+import ast
 import contextlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ READ_CONTROLS = """root => Object.fromEntries(
                  each.querySelector("input").checked])).concat(
     [...root.querySelectorAll(".widget-toggle-buttons")].map(
         each => [each.querySelector(".widget-label").textContent,
-                 each.querySelector(".mod-active").textContent.trim()])))"""
+                 each.querySelector(".mod-active")?.textContent.trim()])))"""
 
 
 def wait_for(check, why_not):
@@ -194,7 +195,11 @@ def of_panel_a(values, numbers):
 def of_panel_b(values, numbers):
     norms = pair(values, "norm")
     square_root = controller.control(np.sqrt(norms))
+    own = values["weight of RUL, λ"] * np.array([1, -1]) + [0, 1]
     return {
+        "weight, yours": own,
+        "contribution, yours": own * norms,
+        "RUL / health, yours": [own[0] * norms[0] / (own[1] * norms[1])],
         "contribution, uniform": norms / 2,
         "weight, square root": square_root,
         "contribution, square root": square_root * norms,
@@ -203,10 +208,13 @@ def of_panel_b(values, numbers):
 
 
 def of_panel_c(values, numbers):
-    ticked = [np.float64(numbers[f"norm, {leaf}"]) for leaf, on in values.items() if on]
-    norms = np.linalg.norm(ticked, axis=0)
+    leaves = [name.removeprefix("square, ") for name in numbers if name.startswith("square, ")]
+    ticked = [values[leaf] * np.float64(numbers[f"square, {leaf}"]) for leaf in leaves]
+    totals = np.cumsum(ticked, axis=0)
+    norms = np.sqrt(totals[-1])
     weights = controller.control(norms)
-    return {"norm": norms, "weight": weights, "contribution": weights * norms}
+    running = {f"total to {leaf}": total for leaf, total in zip(leaves, totals, strict=True)}
+    return running | {"norm": norms, "weight": weights, "contribution": weights * norms}
 
 
 def of_panel_d(values, numbers):
@@ -231,8 +239,7 @@ def of_panel_d(values, numbers):
 
 
 def of_panel_e(values, numbers):
-    ratio = {"equal": 1, "10x": 10, "500x": 500, "2400x": 2400}[values["norms"]]
-    norms = np.array([ratio, 1.0])
+    norms = pair(values, "norm")
     after = max(int(values["update"]) - 100, 0)
     wanted = controller.control(norms)
     average = controller.step_response(after, start=0.5, target=wanted, beta=values["beta"])
@@ -270,16 +277,213 @@ PANELS = {
         (slide, "norm of RUL", "ArrowRight", "ArrowRight", "ArrowRight"),
         (slide, "warm-up", "ArrowLeft"),
     ),
-    "explorer-b": (of_panel_b, (slide, "norm of health", "ArrowLeft", "ArrowLeft")),
-    "explorer-c": (of_panel_c, (tick, "health_head.kernel"), (tick, "backbone.last.bias")),
+    "explorer-b": (
+        of_panel_b,
+        (slide, "norm of health", "ArrowLeft"),
+        (slide, "weight of RUL", "ArrowLeft"),
+    ),
+    "explorer-c": (of_panel_c, (tick, "health_head.kernel"), (slide, "update", "PageUp")),
     "explorer-d": (
         of_panel_d,
         (slide, "alpha", "ArrowUp", "ArrowUp"),
         (slide, "published step", "ArrowLeft"),
     ),
-    "explorer-e": (of_panel_e, (choose, "2400x"), (slide, "update", "PageUp", "ArrowRight")),
+    "explorer-e": (
+        of_panel_e,
+        (choose, "2,400x"),
+        (slide, "norm of health", "ArrowRight"),
+        (slide, "update", "PageUp", "ArrowRight"),
+    ),
     "explorer-f": (of_panel_f, (slide, "tasks, K", "ArrowRight"), (choose, "all 1")),
 }
+
+
+@pytest.fixture(scope="module")
+def panels():
+    """By name, from the notebook's code run here: to be moved and read without a browser."""
+    pytest.importorskip("ipywidgets")
+    found = []
+    code = ast.parse(NOTEBOOK.with_suffix(".py").read_text())
+    for line in code.body:
+        if isinstance(line, ast.Expr) and ast.unparse(line).startswith("Panel("):
+            line.value = ast.Call(ast.Name("keep", ast.Load()), [line.value], [])
+    exec(compile(ast.fix_missing_locations(code), NOTEBOOK.stem, "exec"), {"keep": found.append})
+    return {panel.css_class: panel for panel in found}
+
+
+def numbers_of(panel):
+    rows = re.findall(r'<tr data-name="([^"]*)">(.*?)</tr>', panel.numbers.value)
+    cells = {name: re.findall(r"<td style[^>]*>([^<]*)</td>", row) for name, row in rows}
+    return {name: np.float64(each) for name, each in cells.items() if re.match("[-0-9.]+", each[0])}
+
+
+@contextlib.contextmanager
+def moved(panel, **values):
+    """The controls, set one after the other; back as they were at the end."""
+    before = {name: panel.controls[name].value for name in values}
+    try:
+        for name, value in values.items():
+            panel.controls[name].value = value
+        yield numbers_of(panel)
+    finally:
+        for name, value in before.items():
+            panel.controls[name].value = value
+
+
+def ends(control):
+    """The values at both ends of a control."""
+    if hasattr(control, "base"):
+        return control.base**control.min, control.base**control.max
+    if hasattr(control, "min"):
+        return control.min, control.max
+    if hasattr(control, "options"):
+        given = [each[1] if isinstance(each, tuple) else each for each in control.options]
+        given = list(control.options.values()) if isinstance(control.options, dict) else given
+        return given[0], given[-1]
+    return False, True
+
+
+def texts_outside(figure):
+    """What is written over an edge of the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    agg = FigureCanvasAgg(figure)
+    agg.draw()
+    beyond = set()  # labels of ticks outside the limits, which are not drawn
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks():
+            if not low <= tick.get_loc() <= high:
+                beyond |= {tick.label1, tick.label2}
+    outside = []
+    for text in figure.findobj(lambda each: isinstance(each, Text) and each.get_visible()):
+        area = text.get_window_extent(agg.get_renderer())
+        within = area.x0 >= 0 and area.y0 >= 0
+        within &= area.x1 <= figure.bbox.width and area.y1 <= figure.bbox.height
+        if text.get_text().strip() and text not in beyond and not within:
+            outside.append(text.get_text())
+    return outside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", "abcdef")
+def test_a_picture_says_its_settings_and_writes_over_no_edge(panels, letter):
+    panel = panels[f"explorer-{letter}"]
+    for name, control in panel.controls.items():
+        for value in ends(control):
+            with moved(panel, **{name: value}):
+                if "refused" in panel.numbers.value:
+                    continue
+                if isinstance(panel.drawn, str):
+                    said = " ".join(re.findall(r'<tspan x="12"[^>]*>([^<]*)', panel.image))
+                else:
+                    assert not texts_outside(panel.drawn), (name, value)
+                    said = " ".join(text.get_text() for text in reversed(panel.drawn.texts))
+                said = " ".join(said.split())
+                assert all(" ".join(each.split()) in said for each in panel.settings()), said
+                assert all(each in panel.alt for each in panel.settings())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [0.001, 1.0, 1000.0])
+def test_task_balancing_reaches_a_thousandth(panels, norm):
+    with moved(panels["explorer-a"], norm_1=norm, norm_2=0.001) as numbers:
+        expected = controller.control(np.array([norm, 0.001]))
+        np.testing.assert_allclose(numbers["weight, closed form"], expected, rtol=1e-4)
+        balanced = numbers["contribution, closed form"]
+        np.testing.assert_allclose(balanced[0], balanced[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_weight_is_dragged_to_the_crossing(panels):
+    panel = panels["explorer-b"]
+    weights = np.array([value for _, value in panel.controls["weight_1"].options])
+    norms = numbers_of(panel)["norm"]
+    ratios = []
+    for weight in weights[::10]:
+        with moved(panel, weight_1=weight) as numbers:
+            ratios.append(numbers["RUL / health, yours"][0])
+    expected = weights / (1 - weights) * norms[0] / norms[1]
+    np.testing.assert_allclose(ratios, expected[::10], rtol=2e-3)
+    nearest = weights[np.abs(np.log(expected)).argmin()]
+    with moved(panel, weight_1=nearest) as numbers:
+        assert 0.89 < numbers["RUL / health, yours"] < 1.13  # half a step of the slider
+        np.testing.assert_allclose(
+            numbers["contribution, yours"], numbers["contribution, GABA"], rtol=0.13
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", [1, 40])
+def test_leaf_by_leaf_squares_add_up_to_the_norms_square(panels, update):
+    panel = panels["explorer-c"]
+    leaves = [name for name in panel.controls if name != "update"]
+    for off in ([], leaves[:2], leaves[2:]):
+        ticks = {leaf: leaf not in off for leaf in leaves}
+        with moved(panel, update=update, **ticks) as numbers:
+            total = np.zeros(2)
+            for leaf in leaves:
+                total = total + ticks[leaf] * numbers[f"square, {leaf}"]
+                np.testing.assert_allclose(numbers[f"total to {leaf}"], total, rtol=1e-4)
+            np.testing.assert_allclose(numbers["norm"], np.sqrt(total), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_without_a_leaf_the_panel_says_so_and_recovers(panels):
+    panel = panels["explorer-c"]
+    leaves = [name for name in panel.controls if name != "update"]
+    before = panel.numbers.value
+    with moved(panel, **dict.fromkeys(leaves, False)) as numbers:
+        assert "refused" in panel.numbers.value or not numbers["norm"].any()
+    assert panel.numbers.value == before
+
+
+@pytest.mark.slow
+def test_gradnorm_opens_with_both_tasks_on_one_scale_and_all_of_it_in_view(panels):
+    axes = panels["explorer-d"].drawn.axes
+    assert [each.get_title(loc="left") for each in axes[:3]] == [
+        *("GABA", "GradNorm", "GradNorm, published")
+    ]
+    for row in (axes[:3], axes[3:]):
+        low, high = row[0].get_ylim()
+        for each in row:
+            assert each.get_ylim() == (low, high)
+            assert [line.get_label() for line in each.lines] == ["RUL", "health"]
+            for line in each.lines:
+                assert np.all((low < line.get_ydata()) & (line.get_ydata() < high))
+
+
+@pytest.mark.slow
+def test_a_published_step_too_large_is_named(panels):
+    with moved(panels["explorer-d"], optimizer="SGD 0.02", step=10**-0.3) as numbers:
+        assert numbers["published, loss finite until"] < 20
+        assert "no number after" in panels["explorer-d"].drawn.axes[5].texts[0].get_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [1, 50, 500, 1000, 2400])
+def test_a_ratio_sets_the_norms_of_the_loop(panels, ratio):
+    panel = panels["explorer-e"]
+    with moved(panel, ratio=1.0 if ratio != 1 else 50.0, norm_2=3.0):
+        assert panel.controls["ratio"].value is None  # the sliders have left it
+        panel.controls["ratio"].value = float(ratio)
+        assert (panel.controls["norm_1"].value, panel.controls["norm_2"].value) == (ratio, 1)
+        expected = controller.control(np.array([ratio, 1.0]))
+        np.testing.assert_allclose(numbers_of(panel)["weight, controller"], expected, rtol=1e-4)
+    panel.controls["ratio"].value = 500.0
+
+
+@pytest.mark.slow
+def test_the_loop_has_a_response_curve_that_follows_beta(panels):
+    def curve():
+        return re.search(r'<image [^>]*href="data:image/png;base64,([^"]*)"', panel.image)[1]
+
+    panel = panels["explorer-e"]
+    before = curve()
+    with moved(panel, beta=0.9):
+        assert curve() != before
+    assert curve() == before
 
 
 def check_panel(page, panel, expect, *actions):
@@ -324,3 +528,19 @@ def test_what_is_stored_is_a_picture_of_each_panel():
     assert sum(bool(kind & {"image/png", "image/svg+xml"}) for kind in kinds) == len(PANELS)
     # Without a kernel a stored widget is an error message.
     assert not any("application/vnd.jupyter.widget-view+json" in kind for kind in kinds)
+
+
+def test_each_panel_teaches_one_thing_and_its_still_names_its_settings():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    said = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    sections = [text for text in said if re.match(r"## [a-f]\. ", text)]
+    assert len(sections) == len(PANELS)
+    for text in sections:
+        lesson = re.search(r"^\*\*What it teaches:\*\* ([^.]+)\.\n\n", text, re.MULTILINE)
+        assert lesson is not None, text
+    stills = [
+        "".join(o["data"]["text/plain"]) for c in cells for o in c.get("outputs", ()) if "data" in o
+    ]
+    for panel in PANELS:
+        (still,) = [text for text in stills if text.startswith(f"{panel}, at ")]
+        assert re.search(r"\d", still)
