@@ -628,7 +628,7 @@ Panel(
     progress_1=float_slider("progress of RUL", 0.8, 0.05, 1.5, 0.05),
     progress_2=float_slider("progress of health", 0.4, 0.05, 1.5, 0.05),
     alpha=float_slider("alpha", 1.5, 0, 3, 0.1, digits=1),
-    step=log_slider("published step", -1.3, low=-3, high=1),
+    step=log_slider("published step", np.log10(0.05), low=-3, high=1),
     optimizer=choice("model trained by", list(OPTIMIZERS), "Adam 0.03"),
 )
 

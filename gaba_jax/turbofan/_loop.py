@@ -169,28 +169,25 @@ def make_program(
     """
     _, window, channels = shape
     graph, _, _ = split_model(make_model(config, window, channels, 0))
-    over_seeds = lax.map if jax.default_backend() == "cpu" else _vmap
     init_balance, value_and_grad = make_driver(graph, config, rule)
-    tx = make_optimizer(config, steps)
     plateau = optax.contrib.reduce_on_plateau(
         factor=_PLATEAU_FACTOR, patience=config.plateau_patience
     )
-    average = optax.ema(config.average_decay)
+    one = _OneSeed(
+        config,
+        steps,
+        graph,
+        init_balance,
+        value_and_grad,
+        make_optimizer(config, steps),
+        plateau,
+        optax.ema(config.average_decay),
+    )
+    over_seeds = lax.map if jax.default_backend() == "cpu" else _vmap
 
     def init(seeds: list[int]) -> Carry:
-        def first(variables: tuple[Params, Stats]) -> Carry:
-            params, stats = variables
-            return Carry(
-                params,
-                stats,
-                init_balance(params),
-                tx.init(params),
-                plateau.init(params) if config.schedule == "plateau" else (),
-                average.init(variables) if config.average_decay else (),
-            )
-
         models = [split_model(make_model(config, window, channels, seed))[1:] for seed in seeds]
-        return lax.map(first, jax.tree.map(lambda *each: jnp.stack(each), *models))
+        return lax.map(one.init, jax.tree.map(lambda *each: jnp.stack(each), *models))
 
     # The bounds are dynamic: one program whatever the chunks, and so the same numbers.
     @jax.jit
@@ -204,29 +201,7 @@ def make_program(
         split: Split,
     ) -> tuple[Carry, Any]:
         def chunk(seed: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, Any]:
-            carry, key, order = seed
-            rows = order.reshape(steps, config.batch_size)
-            of_epoch = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), epoch)
-
-            def step(i: jax.Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
-                carry, record = loop
-                batch = jax.tree.map(lambda column: column[rows[i]], split)
-                ((losses, stats), grads), state = value_and_grad(
-                    carry.params, carry.balance, carry.stats, batch, jax.random.fold_in(of_epoch, i)
-                )
-                updates, opt_state = tx.update(grads, carry.optimizer, carry.params)
-                if config.schedule == "plateau":
-                    updates = optax.tree.scale(carry.plateau.scale, updates)
-                params = optax.apply_updates(carry.params, updates)
-                averaged = carry.average
-                if config.average_decay:
-                    _, averaged = average.update((params, stats), averaged)
-                measured = losses, state.task_norms, state.task_weights
-                record = [kept.at[i].set(now) for kept, now in zip(record, measured, strict=True)]
-                return Carry(params, stats, state, opt_state, carry.plateau, averaged), record
-
-            record = [jnp.zeros([steps, len(TASKS)], jnp.float32) for _ in range(3)]
-            return lax.fori_loop(start, stop, step, (carry, record))
+            return one.train_chunk(*seed, epoch, start, stop, split)
 
         return over_seeds(chunk, (carries, keys, orders))
 
@@ -234,45 +209,118 @@ def make_program(
     def evaluated(carries: Carry) -> tuple[Params, Stats]:
         if not config.average_decay:
             return carries.params, carries.stats
-
-        def debiased(state: optax.EmaState) -> Any:
-            return optax.tree.bias_correction(state.ema, config.average_decay, state.count)
-
-        return jax.vmap(debiased)(carries.average)
+        return jax.vmap(one.debiased)(carries.average)
 
     @jax.jit
     def predict_part(variables: tuple[Params, Stats], windows: jax.Array) -> Any:
-        def one(variables: tuple[Params, Stats]) -> tuple[jax.Array, jax.Array]:
-            rul, logits = nnx.merge(graph, *variables)(windows)
-            return rul, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-        return over_seeds(one, variables)
+        return over_seeds(lambda each: one.predict(each, windows), variables)
 
     def predict(variables: tuple[Params, Stats], windows: Any) -> tuple[jax.Array, jax.Array]:
-        size = min(len(windows), _PREDICTED_AT_ONCE)
-        parts = []
-        for start in range(0, len(windows), size):
-            # The last part overlaps the one before: every part has the same shape.
-            start = min(start, len(windows) - size)
-            parts.append((start, predict_part(variables, windows[start : start + size])))
-        kept = [
-            jax.tree.map(lambda each, n=n: each[:, n:], part)
-            for n, part in _without_overlap(parts, size)
-        ]
-        rul, health = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *kept)
-        return rul, health
+        return _in_parts(lambda part: predict_part(variables, part), windows)
 
     @jax.jit
     def end_epoch(carries: Carry, validation_rmse: jax.Array) -> Carry:
         if config.schedule != "plateau":
             return carries
-
-        def one(state: Any, value: jax.Array) -> Any:
-            return plateau.update({}, state, value=value)[1]
-
-        return carries._replace(plateau=jax.vmap(one)(carries.plateau, validation_rmse))
+        after = jax.vmap(one.plateau_after)(carries.plateau, validation_rmse)
+        return carries._replace(plateau=after)
 
     return Program(init, train_chunk, evaluated, predict, end_epoch)
+
+
+class _OneSeed(NamedTuple):
+    """What a run is made of, and its functions without the axis of seeds."""
+
+    config: TrainConfig
+    steps: int
+    graph: Any
+    init_balance: Callable[[Params], Any]
+    value_and_grad: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    plateau: optax.GradientTransformationExtraArgs
+    average: optax.GradientTransformation
+
+    def init(self, variables: tuple[Params, Stats]) -> Carry:
+        params, stats = variables
+        return Carry(
+            params,
+            stats,
+            self.init_balance(params),
+            self.optimizer.init(params),
+            self.plateau.init(params) if self.config.schedule == "plateau" else (),
+            self.average.init(variables) if self.config.average_decay else (),
+        )
+
+    def train_chunk(
+        self,
+        carry: Carry,
+        key: jax.Array,
+        order: jax.Array,
+        epoch: int,
+        start: int,
+        stop: int,
+        split: Split,
+    ) -> tuple[Carry, Any]:
+        """The updates ``start`` to ``stop`` of an epoch, and what was measured in each."""
+        rows = order.reshape(self.steps, self.config.batch_size)
+        of_epoch = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), epoch)
+
+        def step(i: jax.Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
+            carry, record = loop
+            batch = jax.tree.map(lambda column: column[rows[i]], split)
+            carry, measured = self.update(carry, batch, jax.random.fold_in(of_epoch, i))
+            return carry, [kept.at[i].set(now) for kept, now in zip(record, measured, strict=True)]
+
+        record = [jnp.zeros([self.steps, len(TASKS)], jnp.float32) for _ in range(3)]
+        return lax.fori_loop(start, stop, step, (carry, record))
+
+    def update(self, carry: Carry, batch: Split, key: jax.Array) -> tuple[Carry, tuple[Any, ...]]:
+        """One update; its losses, norms and weights."""
+        ((losses, stats), grads), state = self.value_and_grad(
+            carry.params, carry.balance, carry.stats, batch, key
+        )
+        updates, opt_state = self.optimizer.update(grads, carry.optimizer, carry.params)
+        if self.config.schedule == "plateau":
+            updates = optax.tree.scale(carry.plateau.scale, updates)
+        params = optax.apply_updates(carry.params, updates)
+        averaged = carry.average
+        if self.config.average_decay:
+            _, averaged = self.average.update((params, stats), averaged)
+        measured = losses, state.task_norms, state.task_weights
+        return Carry(params, stats, state, opt_state, carry.plateau, averaged), measured
+
+    def debiased(self, state: optax.EmaState) -> Any:
+        """The average, without what it started from."""
+        return optax.tree.bias_correction(state.ema, self.config.average_decay, state.count)
+
+    def predict(
+        self, variables: tuple[Params, Stats], windows: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """RUL and health of windows."""
+        rul, logits = nnx.merge(self.graph, *variables)(windows)
+        return rul, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def plateau_after(self, state: Any, validation_rmse: jax.Array) -> Any:
+        """The state of the plateau schedule after an epoch."""
+        return self.plateau.update({}, state, value=validation_rmse)[1]
+
+
+def _in_parts(
+    predict: Callable[[Any], tuple[jax.Array, jax.Array]], windows: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What is predicted of all windows, [seeds, N] each, a part of them at a time."""
+    size = min(len(windows), _PREDICTED_AT_ONCE)
+    parts = []
+    for start in range(0, len(windows), size):
+        # The last part overlaps the one before: every part has the same shape.
+        start = min(start, len(windows) - size)
+        parts.append((start, predict(windows[start : start + size])))
+    kept = [
+        jax.tree.map(lambda each, n=n: each[:, n:], part)
+        for n, part in _without_overlap(parts, size)
+    ]
+    rul, health = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *kept)
+    return rul, health
 
 
 def _without_overlap(parts: list[tuple[int, Any]], size: int) -> list[tuple[int, Any]]:
