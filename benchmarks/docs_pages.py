@@ -105,12 +105,20 @@ def which() -> str:
     """The paths by situation."""
     of_mlp = read("overhead")["results"]["mlp"]
     exact = [of_mlp[k]["exact"]["time"] for k in ("2", "8")]
+    of_slices = read("slices")["results"]
+    titles = [f"MLP, K tasks, K = {k} of 32 rows" for k in (10, 50)]
+    apart = [of_slices[title]["norms"]["time"] for title in titles]
     proxy = read("encoder")["results"]["contribution ratio with the encoder's weights"]
     rows = [
         (
             "you begin, or need exact weights",
             "`balanced_value_and_grad(losses_fn, rule)`",
             f"{exact[0]:.1f}x a plain step with 2 tasks, {exact[1]:.1f}x with 8 (an MLP)",
+        ),
+        (
+            "every task has examples of its own",
+            "`in_axes=0`",
+            f"{apart[0]:.1f}x a plain step with 10 tasks, {apart[1]:.1f}x with 50 (an MLP)",
         ),
         (
             "it should be one transform in an optax chain",

@@ -23,11 +23,10 @@
 # %%
 try:
     import gaba_jax
-except ModuleNotFoundError:
-    from IPython import get_ipython
-
-    get_ipython().run_line_magic("pip", "install -q gaba_jax ipywidgets matplotlib")
-    import gaba_jax
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gaba_jax is not on PyPI yet. In a checkout of it: pip install -e . ipywidgets matplotlib"
+    ) from error
 
 # %%
 import base64
@@ -51,7 +50,6 @@ from gaba_jax import (
     gaba,
     gradnorm,
     monitor,
-    plot,
     task_value_and_grad,
     weighting,
 )
@@ -676,13 +674,15 @@ def arrow(*points):
 
 def response(loop, wanted, update):
     """The weights over the updates, the controller's (dotted), and a line at this update."""
-    figure = plot.weights(loop.weights, TASKS)
-    figure.set_size_inches(8, 2.2)
-    (axes,) = figure.axes
-    for value, color in zip(wanted, COLORS, strict=False):
-        axes.axhline(value, color=color, linestyle=":", linewidth=1)
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    axes, updates = figure.subplots(), np.arange(1, len(loop.weights) + 1)
+    for i, (task, value) in enumerate(zip(TASKS, wanted, strict=True)):
+        axes.plot(updates, loop.weights[:, i], color=COLORS[i], label=task)
+        axes.axhline(value, color=COLORS[i], linestyle=":", linewidth=1)
     axes.axvline(update, color="0.35", linewidth=1)
     axes.set(xlim=(0, len(loop.weights)), xlabel="update (dotted: the controller's; upright: now)")
+    axes.set(ylim=(-0.02, 1.02), ylabel="task weight")
+    axes.legend(fontsize=9, frameon=False)
     return base64.b64encode(png(figure)).decode()
 
 

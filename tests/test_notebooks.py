@@ -108,8 +108,7 @@ def test_it_opens_in_colab_and_says_how_to_install_what_is_missing(path):
     assert ast.unparse(handler.type) == "ModuleNotFoundError"
     assert "pip" in ast.unparse(handler)
     assert not any("pip" in ast.unparse(line) for line in others)
-    if path.stem != "balancing_explorer":
-        assert "In a checkout of it: pip install -e" in ast.unparse(handler)
+    assert "In a checkout of it: pip install -e" in ast.unparse(handler)
 
 
 def check_run(path, folder):
