@@ -1,5 +1,6 @@
 """Mutated C-MAPSS files: read to the numbers in them, or refused with the file and the line."""
 
+import codecs
 import contextlib
 import functools
 import gzip
@@ -201,7 +202,10 @@ Wrong = dict[int, str]  # what is wrong, by line
 def reference_rows(content: bytes, columns: int) -> tuple[Rows, Wrong]:
     if b"\xef\xbb\xbf".startswith(content):  # nothing but a byte order mark, or the start of one
         content = b""
-    text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        text = content.decode("utf-16", errors="replace")
+    else:
+        text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     rows: Rows = {}
     wrong: Wrong = {}
     for line, fields in enumerate(map(str.split, re.split("\r\n|\r|\n", text)), start=1):
