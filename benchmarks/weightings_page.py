@@ -1,4 +1,4 @@
-"""The measured tables of docs/weightings.md: ``python -m benchmarks.weightings_page``.
+"""The tables of docs/weightings_measured.md: ``python -m benchmarks.weightings_page``.
 
 Trains the golden two-layer problem with every rule, and writes between the markers of the page: its
 final losses beside the times of weightings.json, and the tables of toy.json.
@@ -19,7 +19,7 @@ from gaba_jax import balanced_value_and_grad
 from gaba_jax.turbofan.config import rules
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "weightings.md"
+PAGE = HERE.parent / "docs" / "weightings_measured.md"
 GOLDEN = HERE.parent / "tests" / "golden" / "gaba_training_two_layer_adamw.npz"
 RESULT = Path(__file__).with_suffix(".json")
 END = "<!-- end -->\n"
