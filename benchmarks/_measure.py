@@ -132,6 +132,15 @@ def show_goals(met: Mapping[str, bool]) -> None:
         print(f"{'met' if is_met else 'MISSED'}: {goal}")
 
 
+def show_compared(title: str, goals: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints each goal beside what was measured."""
+    rows = [
+        [what, f"{each['goal']:g}", f"{each['measured']:.2f}", "yes" if each["met"] else "no"]
+        for what, each in goals.items()
+    ]
+    show(title, ["", "goal", "measured", "met"], rows)
+
+
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Prints a table."""
     table = Table(title=title, title_justify="left")

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks._models import Model
-from gaba_jax import balance, balanced_value_and_grad, task_value_and_grad, weighting
+from gaba_jax import (
+    BalancedGradient,
+    balance,
+    balanced_value_and_grad,
+    task_value_and_grad,
+    weighting,
+)
 
 # Of balanced_value_and_grad; "plain" is a step with fixed weights, "stacked" the transform.
 BALANCED: dict[str, dict[str, Any]] = {
@@ -68,10 +74,18 @@ def make_step(
         options["encoder"], losses_fn = model.encoder, model.losses_fn
     balanced = balanced_value_and_grad(losses_fn, rule, measure_on=measure_on, **options)
 
+    return balanced_step(balanced, adamw, params)
+
+
+def balanced_step(
+    balanced: BalancedGradient, tx: optax.GradientTransformation, params: Any
+) -> tuple[Step, Any]:
+    """A step with one balanced gradient, and its first carry."""
+
     def step(carry: Any, batch: Any) -> Any:
         params, state, opt_state = carry
         (losses, grads), state = balanced.value_and_grad(params, state, *batch)
-        updates, opt_state = adamw.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), state, opt_state), losses
 
-    return step, (params, balanced.init(params), adamw.init(params))
+    return step, (params, balanced.init(params), tx.init(params))

@@ -285,11 +285,7 @@ def main(
             document |= {"goals": compare_with_goals(results), "results": results}
             _measure.write(out, document | {"transform": added})  # a run that is stopped keeps it
             jax.clear_caches()
-    cells = [
-        [what, f"{g['goal']:.2f}", f"{g['measured']:.2f}", "yes" if g["met"] else "no"]
-        for what, g in compare_with_goals(results).items()
-    ]
-    _measure.show("Over a plain step, at most", ["", "goal", "measured", "met"], cells)
+    _measure.show_compared("Over a plain step, at most", compare_with_goals(results))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from flax import nnx
 
 from benchmarks import _measure, overhead
 from benchmarks._models import CHANNELS, WINDOW, Layers, Transformer
+from benchmarks._paths import balanced_step
 from gaba_jax import balanced_value_and_grad, weighting
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -105,13 +106,7 @@ def make_step(path: str, case: Case, name: str) -> tuple[Callable[..., Any], Any
         measure="lagged" if lagged else "exact",
     )
 
-    def step(carry: Any, batch: Any) -> Any:
-        params, state, opt_state = carry
-        (losses, grads), state = balanced.value_and_grad(params, state, *batch)
-        updates, opt_state = adamw.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), state, opt_state), losses
-
-    return step, (params, balanced.init(params), adamw.init(params))
+    return balanced_step(balanced, adamw, params)
 
 
 class Engine:
@@ -311,11 +306,7 @@ def main(only: str = "", rounds: int = 21, seconds: float = 20.0, out: Path = RE
             document = {"rounds": rounds, "goals": goals(results), "results": results}
             _measure.write(out, document, ("torch", "torchjd"))  # a run that is stopped keeps it
             jax.clear_caches()
-    cells = [
-        [what, f"{each['goal']:g}", f"{each['measured']:.2f}", "yes" if each["met"] else "no"]
-        for what, each in goals(results).items()
-    ]
-    _measure.show("Goals", ["", "goal", "measured", "met"], cells)
+    _measure.show_compared("Goals", goals(results))
 
 
 if __name__ == "__main__":

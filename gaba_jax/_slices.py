@@ -224,7 +224,8 @@ class Sliced(NamedTuple):
         if value is None:
             return Whole(jnp.zeros((0, *param.shape), param.dtype), ())
         if form is None:
-            return Whole(self.slices.means(value), tuple(range(self.slices.num_tasks)))
+            tasks = tuple(range(self.slices.num_tasks))
+            return Whole(self.slices.means(value), tasks, of_slices=True)
         from gaba_jax._products import Products
 
         known, cut = value

@@ -145,13 +145,15 @@ class Whole(NamedTuple):
     """A leaf whose gradients are there, [tasks, ...].
 
     It is measured slice by slice where few enough are measured together: XLA folds a slice of a
-    stack, which is then never built where the gradients come from the same program.
+    stack, which is then never built where the gradients come from the same program. Where they are
+    ``of_slices`` the axes of the parameter lie on every device, and products of parts are cheaper.
     """
 
     array: Array
     tasks: tuple[int, ...]
     sliced: bool = False
     pairwise: bool = False
+    of_slices: bool = False
 
     def slices(self) -> list[Array]:
         """The gradients, as constants."""
@@ -182,7 +184,7 @@ class Whole(NamedTuple):
             above = above.at[tuple(np.array(pairs).T)].set(jnp.stack(dots))
             gram = above + above.T
         else:
-            gram = _gramian(leaf, unit)
+            gram = _gramian(leaf, unit, self.of_slices)
         return as_cosines(gram)
 
     @property
@@ -220,11 +222,12 @@ class Whole(NamedTuple):
         return total.astype(self.array.dtype)
 
 
-def _gramian(rows: Array, scales: Array) -> Array:
+def _gramian(rows: Array, scales: Array, in_parts: bool) -> Array:
     """The inner products of arrays [K, ...], each times its scale."""
     axes = tuple(range(1, rows.ndim))
-    if is_explicit() or rows.ndim == 1:
-        # A product would have to be told where it ends, a sum over sharded axes need not.
+    if not in_parts or is_explicit() or rows.ndim == 1 or not rows.size:
+        # Parts of a sharded axis would be gathered, and a product on a mesh of Explicit axes be
+        # told where it ends; a sum over sharded axes stays where it is.
         rows = rows * each_task(scales, rows)
         return lax.map(lambda one: jnp.sum((rows * one.conj()[None]).real, axis=axes), rows)
 

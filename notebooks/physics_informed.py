@@ -264,7 +264,8 @@ plt.show()
 # - `equalize` averages the norms, `inverse_norm` follows every batch. Their errors do not differ by
 #   more than their spread over the seeds.
 #
-# This is one equation, one small network, 2500 updates and three seeds.
+# This is one equation, one small network, 2500 updates and three seeds. The page "Physics-informed
+# networks" of the documentation has five problems, the rules of this field, and other optimizers.
 #
 # The cell below fails if what is said above no longer holds.
 

@@ -511,6 +511,15 @@ def test_gradients_of_any_size(scale):
     np.testing.assert_allclose(cosines, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("rule", rest_slow(["norms", "cosines"], ["cosines"]))
+def test_a_leaf_without_elements(rule):
+    loss_fn, params, batch = case("examples")
+    params["empty"] = jnp.zeros((0, 3))
+    found = sliced(loss_fn, RULES[rule](N), params, *batch)
+    assert_alike(found, stacked(loss_fn, RULES[rule](N), params, *batch))
+    assert found[1]["empty"].shape == (0, 3)
+
+
 @pytest.mark.slow
 def test_rows_that_cancel():
     """The gradient of a task is far smaller than those of its rows: digits are not lost."""

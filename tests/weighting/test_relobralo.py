@@ -6,24 +6,7 @@ import numpy as np
 import pytest
 
 from gaba_jax import balance, weighting
-from gaba_jax.weighting import TaskStats
-
-
-def run(rule, losses, present=None, elapsed=1, state=None):
-    """The weights of every update with these losses [T, K], and the last state."""
-    losses = jnp.asarray(losses, jnp.float32)
-    present = jnp.ones(losses.shape, bool) if present is None else jnp.asarray(present)
-
-    def step(state, row):
-        losses, present = row
-        losses = jnp.where(present, losses, 1)
-        stats = TaskStats(jnp.zeros_like(losses), None, losses, present, jnp.int32(elapsed))
-        weights, state = rule.update(stats, state)
-        return state, weights
-
-    state = rule.init() if state is None else state
-    state, weights = jax.lax.scan(step, state, (losses, present))
-    return np.asarray(weights), state
+from tests.losses import run_over
 
 
 def balanced(losses, before, temperature):
@@ -51,7 +34,7 @@ LOSSES = np.random.default_rng(0).uniform(1, 3, size=(20, 3))
 @pytest.mark.parametrize(("lookback", "goes_on"), [(1.0, True), (0.0, False)])
 def test_against_numpy(temperature, lookback, goes_on):
     rule = weighting.relobralo(3, temperature=temperature, alpha=0.7, lookback=lookback)
-    weights, _ = run(rule, LOSSES)
+    weights, _ = run_over(rule, LOSSES)
     expected = reference(LOSSES, temperature, 0.7, [goes_on] * 20)
     np.testing.assert_allclose(weights, expected, rtol=1e-4)
     np.testing.assert_allclose(weights.sum(axis=1), 3, rtol=1e-5)
@@ -62,7 +45,7 @@ def test_every_update_is_one_of_the_two():
     """The draws are read off the run itself, and come as often as they should."""
     losses = np.random.default_rng(1).uniform(1, 3, size=(600, 2))
     rule = weighting.relobralo(2, temperature=1.0, alpha=0.8, lookback=0.75, seed=3)
-    weights, _ = run(rule, losses)
+    weights, _ = run_over(rule, losses)
     before, draws = np.ones(2), []
     for t, found in enumerate(weights):
         by_last = balanced(losses[t], losses[max(t - 1, 0)], 1.0)
@@ -73,32 +56,32 @@ def test_every_update_is_one_of_the_two():
         draws.append(int(np.argmin(far)))
         before = found
     np.testing.assert_allclose(np.mean(draws), 0.75, atol=0.06)
-    again, _ = run(rule, losses)
+    again, _ = run_over(rule, losses)
     np.testing.assert_array_equal(again, weights)
-    other, _ = run(weighting.relobralo(2, temperature=1.0, alpha=0.8, lookback=0.75), losses)
+    other, _ = run_over(weighting.relobralo(2, temperature=1.0, alpha=0.8, lookback=0.75), losses)
     assert np.abs(other - weights).max() > 0.01
 
 
 def test_a_resumed_run_is_the_same_run():
     rule = weighting.relobralo(3, lookback=0.5)
-    whole, _ = run(rule, LOSSES)
-    _, state = run(rule, LOSSES[:9])
+    whole, _ = run_over(rule, LOSSES)
+    _, state = run_over(rule, LOSSES[:9])
     assert state.key_data.dtype == jnp.uint32
     restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state)
-    rest, _ = run(rule, LOSSES[9:], state=restored)
+    rest, _ = run_over(rule, LOSSES[9:], state=restored)
     np.testing.assert_array_equal(rest, whole[9:])
 
 
 def test_what_is_kept_counts_updates():
     """Under every=n alpha is taken to the power n, and so is the probability of going on."""
     rule = weighting.relobralo(2, temperature=1.0, alpha=0.9, lookback=1.0)
-    weights, _ = run(rule, [[2.0, 2.0], [2.0, 1.0]], elapsed=5)
+    weights, _ = run_over(rule, [[2.0, 2.0], [2.0, 1.0]], elapsed=5)
     expected = 0.9**5 + (1 - 0.9**5) * balanced(np.array([2.0, 1.0]), np.array([2.0, 2.0]), 1.0)
     np.testing.assert_allclose(weights[1], expected, rtol=1e-5)
     rule = weighting.relobralo(2, temperature=1.0, alpha=0.9, lookback=0.99)
     losses = np.ones((50, 2)) * [[1.0, 1.0]]
     losses[1:, 1] = 0.5
-    weights, _ = run(rule, losses, elapsed=2000)  # 0.99 ** 2000 is 2e-9: it always looks back
+    weights, _ = run_over(rule, losses, elapsed=2000)  # 0.99 ** 2000 is 2e-9: it always looks back
     np.testing.assert_allclose(weights[5:], np.tile(weights[5], (45, 1)), rtol=1e-5)
 
 
@@ -107,7 +90,7 @@ def test_an_absent_task_keeps_weight_and_losses():
     losses = [[2.0, 2.0, 2.0], [2.0, 1.0, 2.0], [1.0, 9.0, 2.0]]
     present = np.ones((3, 3), bool)
     present[2, 1] = False
-    weights, state = run(rule, losses, present)
+    weights, state = run_over(rule, losses, present)
     assert weights[2, 1] == weights[1, 1]
     assert state.last_losses[1] == 1
     raw = np.exp([0.5, 1.0])
@@ -121,7 +104,7 @@ def test_an_absent_task_keeps_weight_and_losses():
 
 def test_everything_stays_finite():
     losses = [[1e-38, 1e38], [1e38, 1e-38], [0, 3e38], [-1, 0], [3e38, 1], [1, 1]]
-    weights, state = run(weighting.relobralo(2, temperature=1e-6, lookback=0.5), losses)
+    weights, state = run_over(weighting.relobralo(2, temperature=1e-6, lookback=0.5), losses)
     assert np.all(np.isfinite(weights) & (weights >= 0))
     np.testing.assert_allclose(weights.sum(axis=1), 2, rtol=1e-5)
     np.testing.assert_array_equal(state.last_losses, [1, 1])

@@ -7,23 +7,9 @@ import pytest
 
 from gaba_jax import weighting
 from gaba_jax.weighting import TaskStats
+from tests.losses import weights_over
 
 VARIANTS = ["plain", "loss_weighted", "normalized"]
-
-
-def weights_over(rule, losses, present=None, elapsed=1):
-    """The weights of every update of a run with these losses [T, K]."""
-    losses = jnp.asarray(losses, jnp.float32)
-    present = jnp.ones(losses.shape, bool) if present is None else jnp.asarray(present)
-
-    def step(state, row):
-        losses, present = row
-        losses = jnp.where(present, losses, 1)
-        stats = TaskStats(jnp.zeros_like(losses), None, losses, present, jnp.int32(elapsed))
-        weights, state = rule.update(stats, state)
-        return state, weights
-
-    return np.asarray(jax.lax.scan(step, rule.init(), (losses, present))[1])
 
 
 def reference(losses, beta, variant):
