@@ -42,8 +42,8 @@ def make_rules():
         "stabilize": lambda: w.stabilize(
             w.rescaled(w.inverse_norm(K), 2.0), warmup_steps=1, floor="project", debias=True
         ),
-        "stabilize_norms": lambda: w.stabilize(
-            w.inverse_norm(K), warmup_steps=1, min_weight=0.01, average="norms"
+        "average_norms": lambda: w.stabilize(
+            w.average_norms(w.inverse_norm(K)), beta=0.0, warmup_steps=1, min_weight=0.01
         ),
         "rescaled": lambda: w.rescaled(w.gaba(K, warmup_steps=2), float(K)),
         "constant": lambda: w.constant([1.0, 2.0, 3.0]),

@@ -10,6 +10,7 @@ A rule is made by calling it with the number of tasks, and runs in :func:`gaba_j
 
 from gaba_jax._statistics import Statistic, TaskStats
 from gaba_jax.weighting._aligned_mtl import aligned_mtl
+from gaba_jax.weighting._average_norms import NormAverageState, average_norms
 from gaba_jax.weighting._base import Weighting
 from gaba_jax.weighting._cagrad import cagrad
 from gaba_jax.weighting._conflict_free import config
@@ -51,7 +52,7 @@ from gaba_jax.weighting._rescaled import rescaled
 from gaba_jax.weighting._scale_invariant import scale_invariant
 from gaba_jax.weighting._smooth_tchebycheff import smooth_tchebycheff
 from gaba_jax.weighting._soft_adapt import SoftAdaptState, soft_adapt
-from gaba_jax.weighting._stabilize import NormAverageState, StabilizeState, stabilize
+from gaba_jax.weighting._stabilize import StabilizeState, stabilize
 from gaba_jax.weighting._uncertainty import UncertaintyState, imtl_l, uncertainty
 from gaba_jax.weighting._uniform import uniform
 from gaba_jax.weighting._upgrad import upgrad
@@ -78,6 +79,7 @@ __all__ = [
     "UncertaintyState",
     "Weighting",
     "aligned_mtl",
+    "average_norms",
     "cagrad",
     "config",
     "constant",

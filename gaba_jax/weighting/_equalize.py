@@ -17,7 +17,7 @@ from gaba_jax.weighting._base import (
     number,
     task_vector,
 )
-from gaba_jax.weighting._stabilize import average_norms
+from gaba_jax.weighting._moving_average import averaged_norms, check_decay
 
 
 class EqualizeState(NamedTuple):
@@ -106,9 +106,8 @@ def equalize(
       True
     """
     check_num_tasks(num_tasks, least=2)
-    decay, part = number("beta", beta), number("rho", rho)
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"{beta=} must be in [0, 1): 0 is no average, 1 would never move.")
+    check_decay("beta", beta)
+    part = number("rho", rho)
     if part is not None and not 0 <= part <= 1:
         raise ValueError(f"{rho=} must be in [0, 1].")
     if anchor is not None and not (
@@ -123,7 +122,7 @@ def equalize(
         return EqualizeState(*(jnp.zeros([num_tasks], jnp.float32) for _ in range(3)))
 
     def update(stats: TaskStats, state: EqualizeState) -> tuple[Array, EqualizeState]:
-        mass, norms = average_norms(stats, beta, state.ema_mass, state.ema_norms)
+        mass, norms = averaged_norms(stats, beta, state.ema_mass, state.ema_norms)
         largest = jnp.maximum(state.largest_norms, norms)
         logs = jnp.log(_sizes(norms, largest, jnp.asarray(rho, jnp.float32)) / jnp.asarray(wanted))
         if anchor is None:

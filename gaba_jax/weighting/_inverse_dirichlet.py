@@ -7,7 +7,8 @@ from jaxtyping import Array
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Number, Weighting, check_num_tasks
 from gaba_jax.weighting._elements import std
-from gaba_jax.weighting._lr_annealing import AnnealedState, anneal, check_decay, init_of
+from gaba_jax.weighting._lr_annealing import AnnealedState, anneal, init_of
+from gaba_jax.weighting._moving_average import check_decay
 
 
 def inverse_dirichlet(num_tasks: int, *, beta: Number = 0.5) -> Weighting:
@@ -63,7 +64,7 @@ def inverse_dirichlet(num_tasks: int, *, beta: Number = 0.5) -> Weighting:
       training of physics informed neural networks", 2022, arXiv:2107.00940.
     """
     check_num_tasks(num_tasks, least=2)
-    check_decay(beta)
+    check_decay("beta", beta)
 
     def update(stats: TaskStats, state: AnnealedState) -> tuple[Array, AnnealedState]:
         spreads = stats.extra[std.name]

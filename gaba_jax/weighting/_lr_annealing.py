@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gaba_jax._statistics import TaskStats
-from gaba_jax.weighting._base import LARGEST, Number, Weighting, check_num_tasks, number
+from gaba_jax.weighting._base import LARGEST, Number, Weighting, check_num_tasks
 from gaba_jax.weighting._elements import max_abs, mean_abs
-from gaba_jax.weighting._stabilize import decay_over
+from gaba_jax.weighting._moving_average import check_decay, decay_over
 
 
 class AnnealedState(NamedTuple):
@@ -77,7 +77,7 @@ def lr_annealing(num_tasks: int, *, beta: Number = 0.9) -> Weighting:
       physics-informed neural networks", 2021, arXiv:2001.04536.
     """
     check_num_tasks(num_tasks, least=2)
-    check_decay(beta)
+    check_decay("beta", beta)
     others = np.arange(num_tasks) > 0
 
     def update(stats: TaskStats, state: AnnealedState) -> tuple[Array, AnnealedState]:
@@ -87,13 +87,6 @@ def lr_annealing(num_tasks: int, *, beta: Number = 0.9) -> Weighting:
     ones = np.ones(num_tasks, np.float32)
     needs = frozenset({max_abs, mean_abs})
     return Weighting(num_tasks, needs, init_of(num_tasks), update, ones, absent="each")
-
-
-def check_decay(beta: Number) -> None:
-    """Raises ValueError unless ``beta`` is in [0, 1), in float32 too."""
-    decay = number("beta", beta)
-    if decay is not None and not 0 <= np.float32(decay) < 1:
-        raise ValueError(f"{beta=} must be in [0, 1): 0 is no average, 1 would never move.")
 
 
 def anneal(

@@ -53,8 +53,8 @@ def normalized(weighting: Weighting) -> Weighting:
     check_weighting(weighting)
     if weighting.least_present == 1:
         raise ValueError(
-            'the weighting averages norms (average="norms"), and normalized shows it none but 1. '
-            "Put stabilize around: stabilize(normalized(...))."
+            "the weighting averages norms, as average_norms and equalize do, and normalized shows "
+            "it none but 1. Put stabilize around: stabilize(normalized(...))."
         )
 
     def update(stats: TaskStats, state: Any) -> tuple[Array, Any]:

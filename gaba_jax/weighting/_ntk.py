@@ -9,8 +9,7 @@ from jaxtyping import Array, Float
 
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import LARGEST, Number, Weighting, check_num_tasks, task_losses
-from gaba_jax.weighting._lr_annealing import check_decay
-from gaba_jax.weighting._stabilize import average_norms
+from gaba_jax.weighting._moving_average import averaged_norms, check_decay
 
 
 class NtkState(NamedTuple):
@@ -100,7 +99,7 @@ def ntk(num_tasks: int, *, beta: Number = 0.9) -> Weighting:
       perspective", 2022, arXiv:2007.14527.
     """
     check_num_tasks(num_tasks, least=2)
-    check_decay(beta)
+    check_decay("beta", beta)
 
     def init() -> NtkState:
         # Buffers of their own, so that the state can be donated.
@@ -112,7 +111,7 @@ def ntk(num_tasks: int, *, beta: Number = 0.9) -> Weighting:
         # In logarithms no square leaves float32's range.
         logs = 2 * jnp.log(jnp.where(read, stats.norms, 1)) - jnp.log(jnp.where(read, losses, 1))
         measured = stats._replace(norms=logs, present=read)
-        mass, logs = average_norms(measured, beta, state.ema_mass, state.ema_log_traces)
+        mass, logs = averaged_norms(measured, beta, state.ema_mass, state.ema_log_traces)
         known = mass > 0
         count = jnp.maximum(jnp.sum(known), 1).astype(jnp.float32)
         usual = jnp.where(known, logs, jnp.sum(jnp.where(known, logs, 0)) / count)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Number, Weighting, check_num_tasks, equal_shares, number
 from gaba_jax.weighting._gramian import NEEDS, of_gradients, relative_norms, unit_gramian, usable
+from gaba_jax.weighting._moving_average import check_decay, decay_over
 from gaba_jax.weighting._quadratic import bounded_qp, nonnegative_qp
 
 _ROUNDING = 1e-6  # of an inner product of combined unit gradients, relative to their coefficients
@@ -86,11 +87,10 @@ def pcd(num_tasks: int, *, primary: int = 0, tau: Number = 0.02, beta: Number = 
         raise ValueError(f"{primary=} must be an integer, the number of a task.")
     if not 0 <= primary < num_tasks:
         raise ValueError(f"{primary=} must be the number of a task, from 0 to {num_tasks - 1}.")
-    part, decay = number("tau", tau), number("beta", beta)
+    check_decay("beta", beta)
+    part = number("tau", tau)
     if part is not None and not 0 <= part <= 1:
         raise ValueError(f"{tau=} must be in [0, 1].")
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"{beta=} must be in [0, 1): 0 is no average, 1 would never move.")
     first = np.arange(num_tasks) == primary
     alone = np.asarray(first, np.float32)
 
@@ -99,7 +99,7 @@ def pcd(num_tasks: int, *, primary: int = 0, tau: Number = 0.02, beta: Number = 
         return PcdState(*(jnp.zeros([num_tasks], jnp.float32) for _ in range(2)))
 
     def update(stats: TaskStats, state: PcdState) -> tuple[Array, PcdState]:
-        state = _averaged(state, stats, jnp.asarray(beta, jnp.float32))
+        state = _averaged(state, stats, beta)
         gramian, counted = unit_gramian(stats), usable(stats)
         known = jnp.where(state.usual_norms > 0, state.usual_norms, 1)
         sizes = jnp.where(counted, stats.norms / known, 0)
@@ -131,9 +131,9 @@ def pcd(num_tasks: int, *, primary: int = 0, tau: Number = 0.02, beta: Number = 
     return Weighting(num_tasks, NEEDS, init, update, alone)
 
 
-def _averaged(state: PcdState, stats: TaskStats, beta: Float[Array, ""]) -> PcdState:
+def _averaged(state: PcdState, stats: TaskStats, beta: Number) -> PcdState:
     """The averages of the present tasks' squared norms, from their roots, which fit float32."""
-    decay = jnp.where(stats.present, beta ** stats.elapsed.astype(jnp.float32), 1)
+    decay = jnp.where(stats.present, decay_over(beta, stats.elapsed), 1)
     mass = decay * state.mass + 1 - decay
     share = (1 - decay) / jnp.where(mass > 0, mass, 1)
     largest = jnp.maximum(state.usual_norms, stats.norms)

@@ -17,8 +17,8 @@ from gaba_jax.weighting._base import (
     number,
     task_losses,
 )
+from gaba_jax.weighting._moving_average import check_decay, decay_over
 from gaba_jax.weighting._random import initial_key, next_key
-from gaba_jax.weighting._stabilize import decay_over
 
 
 class RelobraloState(NamedTuple):
@@ -110,9 +110,8 @@ def relobralo(
     """
     check_num_tasks(num_tasks)
     check_positive("temperature", temperature)
-    kept, probability = number("alpha", alpha), number("lookback", lookback)
-    if kept is not None and not 0 <= np.float32(kept) < 1:
-        raise ValueError(f"{alpha=} must be in [0, 1): 0 keeps nothing, 1 would never move.")
+    check_decay("alpha", alpha)
+    probability = number("lookback", lookback)
     if probability is not None and not 0 <= probability <= 1:
         raise ValueError(f"{lookback=} must be in [0, 1]: it is a probability.")
     key = initial_key(seed)

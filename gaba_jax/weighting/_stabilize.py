@@ -4,10 +4,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gaba_jax._statistics import TaskStats
+from gaba_jax.weighting._average_norms import average_norms
 from gaba_jax.weighting._base import (
     Number,
     Weighting,
@@ -17,6 +17,7 @@ from gaba_jax.weighting._base import (
     number,
     share_out,
 )
+from gaba_jax.weighting._moving_average import check_decay, decay_over, rate_of
 
 Floor = Literal["renormalize", "project"]
 Average = Literal["weights", "norms"]
@@ -36,21 +37,6 @@ class StabilizeState(NamedTuple):
     stabilize_step: Int[Array, ""]
     ema_mass: Float[Array, ""]
     ema_weights: Float[Array, " tasks"]
-    inner_state: Any
-
-
-class NormAverageState(NamedTuple):
-    """The ``inner_state`` under ``average="norms"``. Names and order are an on-disk promise.
-
-    Attributes:
-      ema_mass: [K] float32, the weight that a task's measurements have in its average; 0 before
-        the first.
-      ema_norms: [K] float32, the average of each task's gradient norm.
-      inner_state: the state of the wrapped rule.
-    """
-
-    ema_mass: Float[Array, " tasks"]
-    ema_norms: Float[Array, " tasks"]
     inner_state: Any
 
 
@@ -83,12 +69,9 @@ def stabilize(
 
     An absent task keeps its average; the present ones share the mass they held together.
 
-    With ``average="norms"`` each task's gradient norm is averaged instead, by the same recursion
-    from :math:`m_0 = 0`, over the updates that the task takes part in, and the rule weights the
-    averages. So one present task is enough to learn from, and loaders that serve one task a batch
-    are balanced: the weights are 1/K until each task has been measured, and each holds by itself.
-    It is applied as it is, never rescaled to the tasks present, so that K batches of one task each
-    add up to one of all. Under ``every=n`` the n-th batches must reach all tasks.
+    ``average="norms"`` averages each task's gradient norm instead, with the decay ``beta``, for
+    loaders that serve one task a batch: it is ``stabilize(average_norms(weighting, beta=beta),
+    beta=0)`` with the other arguments. See :func:`average_norms`.
 
     Args:
       weighting: any :class:`Weighting`.
@@ -117,12 +100,8 @@ def stabilize(
     """
     check_weighting(weighting)
     num_tasks = check_num_tasks(weighting.num_tasks, least=2)
-    decay, least = number("beta", beta), number("min_weight", min_weight)
-    warmup = number("warmup_steps", warmup_steps)
-    if decay is not None and not 0 <= np.float32(decay) < 1:
-        raise ValueError(
-            f"{beta=} must be in [0, 1), in float32 too: 0 is no smoothing, 1 would never move."
-        )
+    check_decay("beta", beta)
+    least, warmup = number("min_weight", min_weight), number("warmup_steps", warmup_steps)
     if warmup is not None and not (warmup >= 0 and warmup.is_integer()):
         raise ValueError(f"{warmup_steps=} must be at least 0, and whole.")
     if least is not None and not 0 <= num_tasks * least <= 1 + 1e-6:
@@ -134,17 +113,17 @@ def stabilize(
         raise ValueError(f'{floor=} must be "renormalize" or "project".')
     if average not in ("weights", "norms"):
         raise ValueError(f'{average=} must be "weights" or "norms".')
-    of_norms = average == "norms"
-    rule = _of_averaged_norms(weighting, beta) if of_norms else weighting
-    # Then each weight holds by itself, and the average needs nobody else to be present.
-    alone = of_norms or weighting.least_present == 1
+    if average == "norms":
+        weighting, beta = average_norms(weighting, beta=beta), 0.0
+    # Where each weight holds by itself, the average needs nobody else to be present.
+    alone = weighting.least_present == 1
 
     def init() -> StabilizeState:
         return StabilizeState(
             stabilize_step=jnp.zeros([], jnp.int32),
             ema_mass=jnp.asarray(0.0 if debias else 1.0, jnp.float32),
             ema_weights=jnp.asarray(equal_weights(num_tasks)),
-            inner_state=rule.init(),
+            inner_state=weighting.init(),
         )
 
     def update(stats: TaskStats, state: StabilizeState) -> tuple[Array, StabilizeState]:
@@ -154,18 +133,14 @@ def stabilize(
         warm = step > warmup_steps
         # An average forgets by the updates that passed, of them only those after the warm-up.
         passed = jnp.clip(step - warmup_steps, 1, stats.elapsed)
-        if of_norms:
-            inner_weights, inner_state = rule.update(
-                stats._replace(elapsed=passed), state.inner_state
-            )
-            decay = jnp.zeros([], jnp.float32)
-        else:
-            inner_weights, inner_state = rule.update(stats, state.inner_state)
-            decay = decay_over(beta, passed)
+        inner_weights, inner_state = weighting.update(
+            stats._replace(elapsed=passed), state.inner_state
+        )
+        decay = decay_over(beta, passed)
         present = jnp.ones_like(stats.present) if alone else stats.present
         raw = _scaled_to_average(inner_weights, present, state.ema_weights)
         mass = decay * state.ema_mass + (1 - decay)
-        rate = _rate(decay, mass)
+        rate = rate_of(decay, mass)
         averaged = StabilizeState(
             stabilize_step=step,
             ema_mass=mass,
@@ -187,56 +162,6 @@ def stabilize(
         least_present=1 if alone else 2,
         absent="each" if alone else "rescale",
     )
-
-
-def _of_averaged_norms(weighting: Weighting, beta: Number) -> Weighting:
-    """The rule on the average of each task's norm, as if all tasks were present."""
-    if weighting.needs != frozenset({"norms"}):
-        raise ValueError(
-            f'average="norms" needs a rule that reads norms alone, such as inverse_share; this one '
-            f"needs {sorted(weighting.needs) or 'nothing'}, which an average of norms cannot "
-            'replace for an absent task. Leave average="weights".'
-        )
-    num_tasks = weighting.num_tasks
-
-    def init() -> NormAverageState:
-        nothing = np.zeros(num_tasks, np.float32)
-        return NormAverageState(jnp.array(nothing), jnp.array(nothing), weighting.init())
-
-    def update(stats: TaskStats, state: NormAverageState) -> tuple[Array, NormAverageState]:
-        mass, norms = average_norms(stats, beta, state.ema_mass, state.ema_norms)
-        everyone = stats._replace(norms=norms, present=jnp.ones_like(stats.present))
-        weights, inner_state = weighting.update(everyone, state.inner_state)
-        complete = jnp.all(mass > 0)
-        inner_state = jax.tree.map(
-            lambda new, old: jnp.where(complete, new, old), inner_state, state.inner_state
-        )
-        weights = jnp.where(complete, weights, equal_weights(num_tasks))
-        return weights, NormAverageState(mass, norms, inner_state)
-
-    return weighting._replace(init=init, update=update)
-
-
-def average_norms(
-    stats: TaskStats, beta: Number, mass: Float[Array, " tasks"], norms: Float[Array, " tasks"]
-) -> tuple[Float[Array, " tasks"], Float[Array, " tasks"]]:
-    """The next mass and average of each task's norm, over the updates that it takes part in."""
-    decay = decay_over(beta, stats.elapsed)
-    # A mass that was once there never falls to 0 again, however long the task is absent.
-    faded = jnp.maximum(decay * mass, jnp.finfo(jnp.float32).tiny)
-    mass = jnp.where(mass > 0, faded, 0) + jnp.where(stats.present, 1 - decay, 0)
-    rate = jnp.where(stats.present, _rate(decay, mass), 0)
-    return mass, (1 - rate) * norms + rate * stats.norms
-
-
-def decay_over(beta: Number, updates: Int[Array, ""]) -> Float[Array, ""]:
-    """The part of an average that is kept over that many updates."""
-    return jnp.clip(jnp.asarray(beta, jnp.float32), 0, 1) ** updates.astype(jnp.float32)
-
-
-def _rate(decay: Float[Array, ""], mass: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The weight of a new measurement in an average of that mass, the measurement's included."""
-    return jnp.where(mass > 0, (1 - decay) / jnp.where(mass > 0, mass, 1), 0)
 
 
 def _scaled_to_average(

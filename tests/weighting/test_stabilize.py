@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
@@ -242,88 +243,43 @@ def test_errors(arguments, message):
         weighting.gaba(**{"num_tasks": 2, **arguments})
 
 
-def one_task(task, norm, elapsed=1, num_tasks=3):
-    """What is measured on a batch of one task."""
-    present = jnp.arange(num_tasks) == task
-    return TaskStats(jnp.where(present, norm, 0.0), None, None, present, jnp.int32(elapsed))
-
-
-def test_averaged_norms_weight_tasks_that_come_one_at_a_time():
-    """1/K until each task was seen, then what the rule makes of the averages."""
-    rule = weighting.stabilize(
-        weighting.inverse_norm(3), beta=0.9, warmup_steps=1, min_weight=0.0, average="norms"
+def test_average_norms_is_a_combinator_of_its_own():
+    """The option is short for it, whatever else is passed."""
+    options = {"warmup_steps": 2, "min_weight": 0.02, "floor": "project"}
+    inner = weighting.inverse_norm(3)
+    of_option = weighting.stabilize(inner, beta=0.9, average="norms", debias=True, **options)
+    of_combinator = weighting.stabilize(
+        weighting.average_norms(inner, beta=0.9), beta=0.0, debias=True, **options
     )
-    state, applied = rule.init(), []
-    for task in [0, 0, 1, 2]:  # the first update is the warm-up
-        weights, state = rule.update(one_task(task, [2.0, 4.0, 8.0][task]), state)
-        applied.append(weights)
-    np.testing.assert_allclose(applied[:3], np.full((3, 3), 1 / 3), rtol=1e-6)
-    np.testing.assert_allclose(applied[3], np.array([4, 2, 1]) / 7, rtol=1e-6)
+    states = [rule.init() for rule in (of_option, of_combinator)]
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        present = jnp.asarray(random.random(3) < 0.6).at[0].set(True)
+        norms = jnp.where(present, random.uniform(0.1, 10, 3), 0)
+        stats = TaskStats(jnp.float32(norms), None, None, present, jnp.int32(2))
+        (left, states[0]), (right, states[1]) = (
+            rule.update(stats, state)
+            for rule, state in zip((of_option, of_combinator), states, strict=True)
+        )
+        np.testing.assert_array_equal(left, right)
+    chex.assert_trees_all_equal(*states)
+    with pytest.raises(ValueError, match='must be "weights" or "norms"'):
+        weighting.stabilize(inner, average="norm")
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_averaged_norms_are_means_over_the_updates_of_each_task(every):
-    """A measurement's weight decays with the updates since, whichever task they were of."""
-    random = np.random.default_rng(1)
-    tasks, norms = random.integers(0, 3, 40), random.uniform(1, 5, 40).astype(np.float32)
-    tasks[:3] = [0, 1, 2]
+def test_the_rule_inside_counts_updates_after_the_warm_up():
+    """Its first measurement comes 3 updates after another, of which 2 were of the warm-up."""
+    seen = []
+
+    def update(stats, state):
+        seen.append(int(stats.elapsed))
+        return jnp.ones(2) / 2, state
+
     rule = weighting.stabilize(
-        weighting.inverse_norm(3), beta=0.9, warmup_steps=0, min_weight=0.0, average="norms"
-    )
-    update, state = jax.jit(rule.update), rule.init()
-    for task, norm in zip(tasks, norms, strict=True):
-        weights, state = update(one_task(task, norm, every), state)
-    counts = 0.9 ** (every * np.arange(39, -1, -1.0))
-    mean = [np.average(norms[tasks == i], weights=counts[tasks == i]) for i in range(3)]
-    np.testing.assert_allclose(state.inner_state.ema_norms, mean, rtol=1e-5)
-    np.testing.assert_allclose(weights, 1 / np.array(mean) / np.sum(1 / np.array(mean)), rtol=1e-5)
-
-
-def test_the_norm_of_a_task_long_absent_is_kept():
-    """Its mass would underflow after 9,000 updates at beta = 0.99."""
-    rule = weighting.stabilize(
-        weighting.inverse_share(2), warmup_steps=0, min_weight=0.0, average="norms"
+        weighting.uniform(2)._replace(update=update), warmup_steps=5, min_weight=0.0
     )
     state = rule.init()
-    _, state = rule.update(one_task(0, 3.0, num_tasks=2), state)
-    _, state = rule.update(one_task(1, 1.0, 20_000, num_tasks=2), state)
-    weights, state = rule.update(one_task(1, 1.0, 20_000, num_tasks=2), state)
-    np.testing.assert_allclose(weights, [0.25, 0.75], rtol=1e-6)
-    weights, _ = rule.update(one_task(0, 1.0, num_tasks=2), state)
-    np.testing.assert_allclose(weights, [0.5, 0.5], rtol=1e-5)
-
-
-def test_averaged_norms_with_all_tasks_present_differ_from_averaged_weights_by_the_mean():
-    """The same at constant norms; at (1, 3) then (3, 1) the mean of the norms is (2, 2)."""
-    make = functools.partial(
-        weighting.stabilize, weighting.inverse_share(2), beta=0.5, warmup_steps=0, debias=True
-    )
-    stats = TaskStats(jnp.array([1.0, 3.0]), None, None, jnp.ones(2, bool), jnp.int32(1))
-    weights, states = [], []
-    for average in ("weights", "norms"):
-        rule = make(average=average)
-        first, state = rule.update(stats, rule.init())
-        second, state = rule.update(stats, state)
-        np.testing.assert_allclose(first, [0.75, 0.25], rtol=1e-6)
-        np.testing.assert_allclose(second, first, rtol=1e-6)
-        last, _ = rule.update(stats._replace(norms=jnp.array([3.0, 1.0])), state)
-        weights.append(last)
-        states.append(state)
-    mean = (0.75 * np.array([1, 3]) + np.array([3, 1])) / 1.75  # masses 0.375 and 0.5 of 0.875
-    np.testing.assert_allclose(weights[1], mean[::-1] / mean.sum(), rtol=1e-6)
-    assert isinstance(states[1].inner_state, weighting.NormAverageState)
-
-
-@pytest.mark.parametrize(
-    ("rule", "needs"),
-    [
-        (weighting.uniform(2), "needs nothing"),
-        (weighting.uncertainty(2), r"needs \['losses'\]"),
-        (weighting.mgda(2), r"needs \['cosines', 'norms'\]"),
-    ],
-)
-def test_only_norms_can_be_averaged_for_absent_tasks(rule, needs):
-    with pytest.raises(ValueError, match=needs):
-        weighting.stabilize(rule, average="norms")
-    with pytest.raises(ValueError, match='must be "weights" or "norms"'):
-        weighting.stabilize(weighting.inverse_share(2), average="norm")
+    for _ in range(3):
+        stats = TaskStats(jnp.ones(2), None, None, jnp.ones(2, bool), jnp.int32(3))
+        _, state = rule.update(stats, state)
+    assert seen[1:] == [1, 3]
