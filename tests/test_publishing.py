@@ -86,7 +86,13 @@ def test_ci_runs_what_must_pass_before_a_merge():
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     oldest = PROJECT["requires-python"].removeprefix(">=")
     jobs = yaml.safe_load(WORKFLOWS["ci"])["jobs"]
-    assert jobs["everything"]["container"].startswith(f"python:{oldest}-")
+    versions = jobs["everything"]["strategy"]["matrix"]["python"]
+    assert versions[0] == oldest
+    assert jobs["everything"]["container"].startswith("python:${{ matrix.python }}-")
+    setup = next(s for s in jobs["fast-tests"]["steps"] if "setup-python" in s.get("uses", ""))
+    versions = [*versions, setup["with"]["python-version"]]
+    claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert claimed == sorted(versions)
 
 
 def test_publishing_stores_no_token():
