@@ -1,7 +1,9 @@
 """Weightings as optax transforms that turn stacked gradients into one balanced update."""
 
+import inspect
+from collections.abc import Callable
 from types import EllipsisType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from gaba_jax.weighting._gradnorm import Variant
 from gaba_jax.weighting._stabilize import Floor
 
 Nonfinite = Literal["propagate", "drop"]
+_Transform = TypeVar("_Transform", bound=Callable[..., optax.GradientTransformationExtraArgs])
 
 
 def balance(
@@ -52,7 +55,8 @@ def balance(
         :func:`gaba_jax.only`. None (default) finds them from the gradients: a leaf is shared once
         two tasks have had a nonzero gradient on it. (One leaf that holds all heads, [d, K], counts
         as shared.)
-      measure_on: the shared parameters on which norms are taken, likewise; default all of them.
+      measure_on: the shared parameters on which norms are taken, given in the same ways; default
+        all of them.
       weight_task_specific: True (default) gives task-specific leaves ``w_i g_i``, the gradient of
         the weighted loss; False gives them plain ``g_i``, and needs an explicit ``shared``.
       nonfinite: "propagate" (default) leaves NaN and Inf in the update (pair it with
@@ -222,6 +226,28 @@ def _transform(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _documented_by(rule: Callable[..., Weighting]) -> Callable[[_Transform], _Transform]:
+    """Writes what a rule, and ``balance``, say of their arguments into a transform's docstring.
+
+    So each thing is said once, and ``help(gaba)`` says it all.
+    """
+
+    def document(transform: _Transform) -> _Transform:
+        own, of_rule, of_balance = (inspect.getdoc(each) for each in (transform, rule, balance))
+        if own and of_rule and of_balance:  # python -OO leaves none
+            start, rest = own.split("Returns:\n", 1)
+            about, arguments = of_rule.split("\n\n", 1)[1].split("Args:\n", 1)
+            drivers = of_balance.split("Args:\n", 1)[1].split("\n", 1)[1]  # after `weighting`
+            listed = [text.split("\n\n", 1)[0] for text in (arguments, drivers)]
+            transform.__doc__ = (
+                f"{start}{about}Args:\n" + "\n".join(listed) + f"\n\nReturns:\n{rest}"
+            )
+        return transform
+
+    return document
+
+
+@_documented_by(weightings.gaba)
 def gaba(
     num_tasks: int = 2,
     *,
@@ -238,40 +264,14 @@ def gaba(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient-Aware Balanced Adaptation of K losses that share one model, as published.
 
-    It makes the contributions :math:`\lambda_i g_i` equal for K = 2 alone, and there up to its
-    floor: gradients 500x apart stay 25x apart. For K > 2 it lowers the loudest task and no weight
-    rises above 1/(K-1): norms (1, 1, 0.001) give contributions (0.25, 0.25, 0.0005).
-    :func:`equalize` makes them equal for any K.
-
-    .. math:: \lambda_i = \frac{\sum_{j \ne i} g_j}{(K - 1) \sum_j g_j}
-
-    with :math:`g_i` the L2 norm of task i's gradient on the shared parameters. The weights are
-    1/K for ``warmup_steps`` updates, then averaged with decay ``beta`` and kept above a floor.
-    The defaults are the published constants.
-
-    When not to use it: where uniform weights, at a learning rate tuned for them, do as well.
-
-    Args:
-      num_tasks: number of tasks K >= 2, default 2.
-      beta: decay of the average in [0, 1), default 0.99 (about 100 updates); 0 is no smoothing.
-      warmup_steps: updates with weights 1/K before averaging starts, default 100.
-      min_weight: floor under each weight, in [0, 1/K], default 0.05.
-      floor: "renormalize" (default, published: clamp, then divide by the sum, which can end below
-        the floor) or "project" (holds it exactly).
-      debias: start the average at the first measurement instead of at 1/K, default False.
-      task_priorities: [K] positive; with K = 2 the contributions are in this ratio. Default equal.
-      shared: the shared parameters, default found from the gradients; see :func:`balance`.
-      measure_on: where norms are taken, default all shared parameters; see :func:`balance`.
-      weight_task_specific: see :func:`balance`.
-      nonfinite: "propagate" (default) or "drop"; see :func:`balance`.
+    It is ``balance(weighting.gaba(...))``.
 
     Returns:
       A transform that turns leaves [K, \*param.shape] into leaves [\*param.shape]; see
       :func:`balance`. First in the chain.
 
     Raises:
-      ValueError: ``num_tasks`` < 2, ``beta`` outside [0, 1), ``warmup_steps`` negative,
-        ``min_weight`` outside [0, 1/K], or any of the errors of :func:`balance`.
+      ValueError: as :func:`gaba_jax.weighting.gaba`, or any of the errors of :func:`balance`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -313,6 +313,7 @@ def gaba(
     )
 
 
+@_documented_by(weightings.equalize)
 def equalize(
     num_tasks: int,
     *,
@@ -327,8 +328,7 @@ def equalize(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Balances K losses so that their contributions are in the ratios that you give.
 
-    It is ``balance(weighting.equalize(...))``. See :func:`gaba_jax.weighting.equalize` for the
-    formula and the first arguments, and :func:`balance` for the others.
+    It is ``balance(weighting.equalize(...))``.
 
     Returns:
       A transform that turns leaves [K, \*param.shape] into leaves [\*param.shape]. First in the
@@ -362,6 +362,7 @@ def equalize(
     )
 
 
+@_documented_by(weightings.gradnorm)
 def gradnorm(
     num_tasks: int = 2,
     *,
@@ -379,33 +380,8 @@ def gradnorm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""GradNorm (Chen et al., ICML 2018): weights learned from gradient norms and training rates.
 
-    .. math:: \min_w \sum_i \left| G_i - \bar G\, r_i^\alpha \right|, \qquad
-        G_i = |w_i|\, g_i, \quad
-        r_i = \frac{L_i / L_i(0)}{\frac{1}{K} \sum_j L_j / L_j(0)}
-
-    with :math:`g_i` the L2 norm of task i's gradient on the measured parameters and the target
-    held constant. Every update applies the weights and takes one optimizer step on them, by the
-    closed form in :func:`gaba_jax.weighting.gradnorm`: no gradient is differentiated twice, and the
-    memory is that of :func:`gaba`.
-
-    When not to use it: :func:`gaba` needs no losses, no second optimizer and no learning of weights
-    that for alpha = 0 and K = 2 it has in closed form.
-
-    Args:
-      num_tasks: number of tasks K >= 2, default 2.
-      alpha: strength of the pull towards equal training rates, >= 0, default 1.5.
-      weight_optimizer: any optax optimizer, default ``optax.adam(0.025)``; published
-        ``optax.sgd(0.05)``.
-      variant: "canonical" (default) or "published", the baseline that GABA was published against.
-      coefficient: factor of the objective, default 1; published 0.1.
-      min_weight: least learned weight, or None for no guard; default 1e-3, published None.
-      total: the sum of the weights, default K; published not rescaled.
-      initial_losses: [K] positive, L(0), default each task's first positive loss.
-      shared: the shared parameters, default found from the gradients; see :func:`balance`.
-      measure_on: where norms are taken, default all shared parameters; ``only("...")`` with the
-        last shared layer is the original choice. See :func:`balance`.
-      weight_task_specific: see :func:`balance`.
-      nonfinite: "propagate" (default) or "drop"; see :func:`balance`.
+    It is ``balance(weighting.gradnorm(...))``. The original measures the last shared layer alone:
+    ``measure_on=only("...")``.
 
     Returns:
       A transform that turns leaves [K, \*param.shape] into leaves [\*param.shape] and needs

@@ -1,5 +1,8 @@
 """balance and gaba: what an update does, and every rule about skips, masks and sharing."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 from gaba_jax import (
     balance,
     balanced_value_and_grad,
+    equalize,
     exclude,
     gaba,
+    gradnorm,
     only,
     task_value_and_grad,
     weighting,
@@ -471,3 +476,21 @@ def test_a_mask_that_is_no_array(mask):
 def test_a_state_of_another_number_of_tasks():
     with pytest.raises(ValueError, match=r"and 3 tasks, but there are .* num_tasks=2"):
         gaba().update(gradients(1, 1), gaba(3).init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("transform", [gaba, equalize, gradnorm])
+def test_a_transform_takes_and_explains_what_its_rule_and_balance_take(transform):
+    """The signatures are written out, for editors and type checkers; they say the same."""
+    rule = getattr(weighting, transform.__name__)
+    own, of_rule, of_balance = (
+        dict(inspect.signature(function).parameters) for function in (transform, rule, balance)
+    )
+    del of_balance["weighting"]
+    expected = of_rule | of_balance
+    expected["num_tasks"] = expected["num_tasks"].replace(default=own["num_tasks"].default)
+    assert list(own.values()) == list(expected.values())
+    arguments = inspect.getdoc(transform).split("Args:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  (\w+): ", arguments, re.M) == list(own)
+    about = inspect.getdoc(rule).split("\n\n", 1)[1].split("Args:\n")[0]
+    assert ".. math::" in about
+    assert about in inspect.getdoc(transform)

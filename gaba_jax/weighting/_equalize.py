@@ -75,7 +75,8 @@ def equalize(
     batch are balanced.
 
     When not to use it: where uniform weights, at a learning rate tuned for them, do as well: equal
-    contributions are no aim in themselves. Conflict stays: see :func:`upgrad`.
+    contributions are no aim in themselves. Conflict stays: see
+    :func:`gaba_jax.weighting.upgrad`.
 
     Args:
       num_tasks: number of tasks K >= 2.

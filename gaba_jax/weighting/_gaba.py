@@ -18,27 +18,40 @@ def gaba(
     debias: bool = False,
     task_priorities: ArrayLike | None = None,
 ) -> Weighting:
-    """Gradient-Aware Balanced Adaptation: :func:`inverse_share`, wrapped in :func:`stabilize`.
+    r"""Gradient-Aware Balanced Adaptation: the closed form with its three stabilisers.
 
-    Contributions become equal for K = 2 alone, up to the floor; for K > 2 no weight rises above
-    1/(K-1), and a task far quieter than the others stays quiet (:func:`equalize` is for any K). The
-    defaults are the published constants.
+    .. math:: \lambda_i = \frac{\sum_{j \ne i} g_j}{(K - 1) \sum_j g_j}
+
+    with :math:`g_i` the L2 norm of task i's gradient on the shared parameters. The weights are
+    1/K for ``warmup_steps`` updates, then averaged with decay ``beta`` and kept above a floor. The
+    defaults are the published constants. It is :func:`gaba_jax.weighting.inverse_share`, wrapped
+    in :func:`gaba_jax.weighting.stabilize`.
+
+    It makes the contributions :math:`\lambda_i g_i` equal for K = 2 alone, and there up to its
+    floor: gradients 500x apart stay 25x apart. For K > 2 it lowers the loudest task and no weight
+    rises above 1/(K-1): norms (1, 1, 0.001) give contributions (0.25, 0.25, 0.0005).
+    :func:`equalize` makes them equal for any K.
+
+    When not to use it: where uniform weights, at a learning rate tuned for them, do as well.
 
     Args:
       num_tasks: number of tasks K >= 2.
       beta: decay of the average in [0, 1), default 0.99 (about 100 updates); 0 is no smoothing.
-        It counts updates, as that of :func:`stabilize`.
+        It counts updates: a measurement n updates after the last one keeps ``beta**n``.
       warmup_steps: updates with weights 1/K before averaging starts, default 100.
       min_weight: floor under each weight, in [0, 1/K], default 0.05.
-      floor: "renormalize" (published) or "project" (holds the bound exactly).
+      floor: "renormalize" (default, published: clamp, then divide by the sum, which can end below
+        the floor) or "project" (holds it exactly).
       debias: start the average at the first measurement instead of at 1/K, default False.
-      task_priorities: [K] positive, default equal.
+      task_priorities: [K] positive; with K = 2 the contributions are in this ratio. Default equal.
 
     Returns:
       A :class:`Weighting`; the weights are >= 0 and sum to 1.
 
     Raises:
-      ValueError: as :func:`inverse_share` and :func:`stabilize`.
+      ValueError: ``num_tasks`` < 2, ``beta`` outside [0, 1), ``warmup_steps`` negative,
+        ``min_weight`` outside [0, 1/K], an unknown ``floor``, or ``task_priorities`` no positive
+        [K].
 
     Example:
       >>> from gaba_jax import balance, weighting

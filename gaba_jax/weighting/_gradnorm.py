@@ -82,15 +82,15 @@ def gradnorm(
     and other defaults. Its weights can become negative: that is the published failure.
 
     When not to use it: where norms differ by far more than one step of the optimizer can resolve,
-    it only circles its balance point (:func:`gradnorm_balance_point`), and for rates that differ it
-    has none unless :math:`\frac{1}{K} \sum_i r_i^\alpha = 1`. For K = 2 and alpha = 0 the balance
-    point is :func:`inverse_share`, which needs no learning. Adam's first steps are equal in size,
-    so where all tasks are below their targets (as in the example above) rescaling cancels them.
-    Losses must be positive.
+    it only circles its balance point (:func:`gaba_jax.weighting.gradnorm_balance_point`), and for
+    rates that differ it has none unless :math:`\frac{1}{K} \sum_i r_i^\alpha = 1`. For K = 2 and
+    alpha = 0 the balance point is :func:`gaba_jax.weighting.inverse_share`, which needs no
+    learning. Adam's first steps are equal in size, so where all tasks are below their targets (as
+    in the example above) rescaling cancels them. Losses must be positive.
 
     An absent task keeps its weight and L(0), and the means are over the others. Losses below 0
-    count as 0; a task's rate is 1 until it has an L(0). :func:`stabilize` around it bounds the
-    weights that are applied; ``min_weight`` here bounds the learned ones.
+    count as 0; a task's rate is 1 until it has an L(0). :func:`gaba_jax.weighting.stabilize` around
+    it bounds the weights that are applied; ``min_weight`` here bounds the learned ones.
 
     Args:
       num_tasks: number of tasks K >= 2.
