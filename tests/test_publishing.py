@@ -41,6 +41,10 @@ def test_the_citation_says_what_the_project_says():
     ]
     assert CITATION["repository-code"] == PROJECT["urls"]["Repository"] == REPOSITORY
     assert CITATION["url"] == PROJECT["urls"]["Documentation"]
+    method = CITATION["references"][0]
+    assert {"type", "title", "authors"} <= set(method)  # what the format requires
+    for path in ("README.md", "docs/published_experiment.md", "gaba_jax/weighting/_gaba.py"):
+        assert method["url"] in (ROOT / path).read_text(), path
 
 
 def test_links_lead_to_files_of_the_repository():

@@ -56,6 +56,11 @@ def gaba(
     Example:
       >>> from gaba_jax import balance, weighting
       >>> tx = balance(weighting.gaba(3, beta=0.9))  # the same as gaba(3, beta=0.9)
+
+    References:
+      "Gradient-Aware Multi-Task Learning for Predictive Maintenance: AMNL, GABA, and GRACE for RUL
+      Prediction Under Multi-Condition Degradation", chapters 17 to 20,
+      https://www.book-ai.org/books/predictive-maintenance
     """
     return stabilize(
         inverse_share(num_tasks, task_priorities=task_priorities),
