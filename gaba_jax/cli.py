@@ -30,9 +30,9 @@ import numpy as np
 
 from gaba_jax import plot
 from gaba_jax.turbofan import compare, plots, report, simulator
-from gaba_jax.turbofan._budget import Budget
-from gaba_jax.turbofan._reader import find_fleet
-from gaba_jax.turbofan._signals import noting_signals
+from gaba_jax.turbofan._cmapss_reader import find_fleet
+from gaba_jax.turbofan._stop_signals import noting_signals
+from gaba_jax.turbofan._time_budget import Budget
 from gaba_jax.turbofan.checkpoints import Checkpoints, Stopped
 from gaba_jax.turbofan.config import (
     TASKS,

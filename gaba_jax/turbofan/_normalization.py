@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gaba_jax.turbofan._reader import COLUMN_NAMES, INFORMATIVE_SENSORS, check_shape
+from gaba_jax.turbofan._cmapss_reader import COLUMN_NAMES, INFORMATIVE_SENSORS, check_shape
 
 SETTING_TOLERANCES = (1.0, 0.05, 1.0)
 """Largest gap within one operating condition: 1000 ft, Mach number, degrees."""

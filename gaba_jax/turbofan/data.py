@@ -19,15 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gaba_jax.turbofan._normalization import (
-    FEATURE_NAMES,
-    SETTING_TOLERANCES,
-    Normalization,
-    Standardization,
-    fit_normalization,
-    normalize,
-)
-from gaba_jax.turbofan._reader import (
+from gaba_jax.turbofan._cmapss_reader import (
     COLUMN_NAMES,
     INFORMATIVE_SENSORS,
     Fleet,
@@ -35,6 +27,14 @@ from gaba_jax.turbofan._reader import (
     read_fleet,
     read_rul,
     read_table,
+)
+from gaba_jax.turbofan._normalization import (
+    FEATURE_NAMES,
+    SETTING_TOLERANCES,
+    Normalization,
+    Standardization,
+    fit_normalization,
+    normalize,
 )
 
 __all__ = [

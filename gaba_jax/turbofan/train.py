@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from gaba_jax import balance_metrics, weighting
 from gaba_jax.turbofan import ncmapss, simulator
-from gaba_jax.turbofan._budget import Budget
 from gaba_jax.turbofan._loop import Carry, Params, Stats, make_program
+from gaba_jax.turbofan._time_budget import Budget
 from gaba_jax.turbofan.checkpoints import Checkpoints, Snapshot, Stopped
 from gaba_jax.turbofan.config import TASKS as TASKS
 from gaba_jax.turbofan.config import GabaOptions as GabaOptions

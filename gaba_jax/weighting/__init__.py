@@ -20,7 +20,7 @@ from gaba_jax.weighting._dynamic_weight_average import (
     DynamicWeightAverageState,
     dynamic_weight_average,
 )
-from gaba_jax.weighting._elements import max_abs, mean_abs, std
+from gaba_jax.weighting._element_statistics import max_abs, mean_abs, std
 from gaba_jax.weighting._equalize import EqualizeState, equalize
 from gaba_jax.weighting._fairgrad import fairgrad
 from gaba_jax.weighting._famo import FamoState, famo
@@ -53,7 +53,7 @@ from gaba_jax.weighting._scale_invariant import scale_invariant
 from gaba_jax.weighting._smooth_tchebycheff import smooth_tchebycheff
 from gaba_jax.weighting._soft_adapt import SoftAdaptState, soft_adapt
 from gaba_jax.weighting._stabilize import StabilizeState, stabilize
-from gaba_jax.weighting._uncertainty import UncertaintyState, imtl_l, uncertainty
+from gaba_jax.weighting._uncertainty_imtl_l import UncertaintyState, imtl_l, uncertainty
 from gaba_jax.weighting._uniform import uniform
 from gaba_jax.weighting._upgrad import upgrad
 

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import Number, Weighting, check_num_tasks
-from gaba_jax.weighting._elements import std
+from gaba_jax.weighting._element_statistics import std
 from gaba_jax.weighting._lr_annealing import AnnealedState, anneal, init_of
 from gaba_jax.weighting._moving_average import check_decay
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from gaba_jax._statistics import TaskStats
 from gaba_jax.weighting._base import LARGEST, Number, Weighting, check_num_tasks
-from gaba_jax.weighting._elements import max_abs, mean_abs
+from gaba_jax.weighting._element_statistics import max_abs, mean_abs
 from gaba_jax.weighting._moving_average import check_decay, decay_over
 
 
