@@ -177,6 +177,36 @@ def tidy(app, doctree) -> None:
             link["internal"] = True
 
 
+def entry(code: str) -> str | None:
+    """The full name of the entry that a piece of code leads to: ``upgrad(K)`` to that of upgrad."""
+    import gaba_jax
+
+    name = code.partition("(")[0]
+    for module in (gaba_jax.weighting, gaba_jax):  # a rule before the transform of its name
+        if name in module.__all__:
+            return f"{module.__name__}.{name}"
+    return None
+
+
+def link_rules(app, doctree) -> None:
+    """On the page that compares the rules, code that is a public name leads to its entry.
+
+    The page itself holds no links to entries: where it is read as Markdown they have no anchors.
+    """
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+
+    if app.env.docname != "weightings":
+        return
+    for code in list(doctree.findall(nodes.literal)):
+        name = entry(code.astext())
+        if name and not isinstance(code.parent, nodes.reference):
+            about = {"refdomain": "py", "reftype": "obj", "reftarget": name, "refwarn": True}
+            link = pending_xref("", refdoc=app.env.docname, refexplicit=True, **about)
+            code.replace_self(link)
+            link += code
+
+
 def let_names_break(app, pagename: str, template: str, context: dict, doctree) -> None:
     """In tables, between the words of a name, where a column is narrow."""
 
@@ -214,6 +244,7 @@ def setup(app) -> None:
     app.connect("autodoc-process-signature", init_signature)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("doctree-read", tidy)
+    app.connect("doctree-read", link_rules)
     app.connect("html-page-context", let_names_break)
     app.connect("config-inited", copy_notebooks)
     app.connect("build-finished", remove_notebooks)

@@ -12,12 +12,14 @@ import pkgutil
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import gaba_jax
 from benchmarks import docs_pages, large_models, performance
+from gaba_jax.turbofan.config import rules
 from tests import pages
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +184,38 @@ def test_names_in_tables_break_between_words():
     CONF["let_names_break"](None, "page", "page.html", context, None)
     name = "a_<wbr>b:<wbr>c=0.5,<wbr>d=<wbr>true"
     assert context["body"] == f'<p>a_b</p><td><a href="a_b.html">{name}</a> e_</td>'
+
+
+def test_names_on_the_page_of_the_rules_have_entries():
+    """That the links to them resolve is the build's to say."""
+    page = re.sub(r"```.*?```", "", PAGES["weightings.md"], flags=re.DOTALL)
+    named = {CONF["entry"](code) for code in re.findall(r"`([^`\n]+)`", page)} - {None}
+    around = {"average_norms", "hold_after", "normalized", "rescaled", "stabilize"}
+    wanted = {f"gaba_jax.weighting.{name}" for name in {*rules(), "constant"} | around}
+    assert wanted | {"gaba_jax.per_task", "gaba_jax.by_group", "gaba_jax.grad_drop"} <= named
+    assert named <= set(documented()[0])
+
+
+@pytest.mark.parametrize(
+    ("page", "code", "target"),
+    [
+        ("weightings", "gaba", "gaba_jax.weighting.gaba"),
+        ("weightings", "normalized(upgrad(K))", "gaba_jax.weighting.normalized"),
+        ("weightings", "per_task(tx, K)", "gaba_jax.per_task"),
+        ("weightings", "every=10", None),
+        ("index", "gaba", None),
+    ],
+)
+def test_names_on_the_page_of_the_rules_are_links(page, code, target):
+    pytest.importorskip("sphinx", reason="needs the extra docs")
+    from docutils import nodes, utils
+
+    document = utils.new_document("page")
+    document += nodes.paragraph("", "", nodes.literal(code, code))
+    CONF["link_rules"](SimpleNamespace(env=SimpleNamespace(docname=page)), document)
+    (literal,) = document.findall(nodes.literal)
+    assert literal.astext() == code
+    assert literal.parent.get("reftarget") == target
 
 
 def modules_imported(path):
