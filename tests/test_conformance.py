@@ -442,6 +442,7 @@ for name in w.__all__:
     if next(iter(parameters), None) == "num_tasks":
         w.rescaled(rule(3), 2.0)
 w.constant([1.0, 2.0, 3.0])
+w.average_norms(w.inverse_norm(3))
 w.inverse_norm(3, task_priorities=[1.0, 2.0, 3.0])
 gaba_jax.balanced_value_and_grad(lambda p: (p, p), w.gaba(2))
 gaba_jax.balance(w.upgrad(2), shared=gaba_jax.exclude("head"))
@@ -453,3 +454,11 @@ assert jax.device_count() == 3
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_rule_says_when_not_to_use_it():
+    functions = [f for f in map(vars(weighting).get, weighting.__all__) if inspect.isfunction(f)]
+    rules = [f for f in functions if f is not weighting.gradnorm_balance_point]
+    assert len(rules) > 30
+    silent = [f.__name__ for f in rules if "When not to use it:" not in inspect.getdoc(f)]
+    assert silent == []

@@ -24,6 +24,9 @@ def constant(*args: Any, **kwargs: Any) -> Weighting:
 
     Reads nothing, so nothing is measured (``task_norms`` stay 0).
 
+    When not to use it: where nobody can tune the weights, or the gradients change against each
+    other by much in training.
+
     Args:
       *args: ``weights``, [K] finite numbers, taken as they are: their sum need not be 1. Ahead of
         them may stand ``num_tasks``, the number of tasks K; it is checked.

@@ -29,6 +29,10 @@ def inverse_share(num_tasks: int, *, task_priorities: ArrayLike | None = None) -
     that is far quieter than two others; in return a finished task cannot take over. The exact
     rule for any K is :func:`inverse_norm`.
 
+    When not to use it: in training as it stands, since the norms of single batches are noisy.
+    :func:`gaba` is this rule with an average, a warm-up and a floor. For contributions in given
+    ratios and any K take :func:`equalize`.
+
     Args:
       num_tasks: number of tasks K >= 2.
       task_priorities: [K] positive, default equal.

@@ -25,6 +25,10 @@ def rescaled(weighting: Weighting, total: Number) -> Weighting:
     ``total=K`` gives the gradient scale of an unweighted sum of losses, so that a learning rate or
     a clipping threshold tuned on ``loss_1 + loss_2`` carries over.
 
+    When not to use it: around a rule whose sum says something, such as :func:`aligned_mtl` or
+    :func:`config`, where it is short when no direction serves all tasks. Adam does not see a
+    constant factor.
+
     Args:
       weighting: any :class:`Weighting` whose weights have a positive sum (weights with a sum of
         zero or less are left as they are).

@@ -73,6 +73,11 @@ def stabilize(
     loaders that serve one task a batch: it is ``stabilize(average_norms(weighting, beta=beta),
     beta=0)`` with the other arguments. See :func:`average_norms`.
 
+    When not to use it: around a rule whose promise needs this very update's weights, such as no
+    conflict, or whose weights may be negative or sum to something else: they are averaged, clipped
+    and normalised. Around a rule that averages by itself, such as :func:`equalize`, the weights
+    lag twice.
+
     Args:
       weighting: any :class:`Weighting`.
       beta: decay of the average in [0, 1), default 0.99; 0 is no smoothing. May be traced. It

@@ -12,6 +12,8 @@ def uniform(num_tasks: int) -> Weighting:
     Reads nothing, so nothing is measured (``task_norms`` stay 0). To watch the norms under equal
     weights, let it need them: ``uniform(K)._replace(needs=frozenset({"norms"}))``.
 
+    When not to use it: where the losses differ in units. Then it weights them by their units.
+
     Args:
       num_tasks: number of tasks K.
 
