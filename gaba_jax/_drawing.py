@@ -72,7 +72,7 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def log_scale(axes: Axes) -> None:
     """A log axis, unless nothing is drawn that has a place on one."""
-    if any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in axes.lines):
+    if any(np.nanmax(np.asarray(line.get_ydata(), float), initial=0) > 0 for line in axes.lines):
         axes.set_yscale("log")
 
 

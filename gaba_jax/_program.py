@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  # since jax 0.12 another name of Jaxpr
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    jaxpr_as_fun,
+)
 from jaxtyping import Array
 
 # The tasks whose operations are one larger operation. More take more memory than they save time.
@@ -247,8 +253,9 @@ def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program with the bodies of its calls in their place."""
     if not any(map(_is_call, closed.jaxpr.eqns)):
         return closed
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-    return jax.make_jaxpr(functools.partial(_evaluate, closed))(*avals)
+    avals: list[Any] = [variable.aval for variable in closed.jaxpr.invars]
+    types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return jax.make_jaxpr(functools.partial(_evaluate, closed))(*types)
 
 
 def _is_call(eqn: JaxprEqn) -> bool:
