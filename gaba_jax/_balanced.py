@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from gaba_jax import _passes
 from gaba_jax._checks import check_driver_arguments, check_params
-from gaba_jax._gradients import TaskGradients, of_tasks, task_gradients
+from gaba_jax._gradients import TaskGradients, of_tasks, separates, task_gradients
 from gaba_jax._passes import Pass
 from gaba_jax._selection import OVERWRITTEN, Groups, Selection, Selector, check_groups, select
 from gaba_jax._slices import Sliced, slices_of
@@ -114,7 +114,8 @@ def balanced_value_and_grad(
         keeps ``beta**n`` of the average. With ``every=1000`` a ``beta`` of 0.9 keeps nothing. A
         code that keeps 0.9 at every measurement has ``beta=0.9 ** (1 / 1000)`` here. Where tasks
         are kept apart (a ``task_mask``, ``nonfinite="drop"``), or the backward pass is not
-        linear (a gradient clipped inside the model), a held update passes backward per task too.
+        linear (a gradient clipped or rounded inside the model, or one that is added there, such as
+        that of an auxiliary loss of experts), a held update passes backward per task too.
       microbatch_size: run the batch in parts of this size, with the activations of one part in
         memory; the losses must be means over the batch. Norms are those of the mean gradient. All
         arrays in the arguments, keyword arguments too, have the batch as leading axis. (It is split
@@ -180,6 +181,11 @@ def balanced_value_and_grad(
       >>> bool(jnp.allclose(contributions[0], contributions[1]))
       True
     """
+    if isinstance(losses_fn, Weighting):
+        raise ValueError(
+            "losses_fn came as a Weighting. The function comes first, and the rule after it: "
+            "balanced_value_and_grad(losses_fn, weighting)."
+        )
     check_weighting(weighting)
     check_driver_arguments(shared, weight_task_specific, nonfinite)
     _check_arguments(measure, encoder, every, microbatch_size, nonfinite)
@@ -245,6 +251,11 @@ class _Driver(NamedTuple):
         task_ids: ArrayLike | None = None,
         **kwargs: Any,
     ) -> tuple[tuple[Any, Any], BalanceState]:
+        if isinstance(params, BalanceState):
+            raise ValueError(
+                "params came as a BalanceState. The parameters come first, and the state after "
+                "them: value_and_grad(params, state, *args)."
+            )
         check_params(params)
         selection, num_leaves = self.selection(params), len(jax.tree.leaves(params))
         check_state(state, num_leaves, self.weighting, selection.num_groups())
@@ -447,6 +458,7 @@ class _Update(NamedTuple):
         """What is measured, and the sum over the usable tasks, one gradient at a time."""
         num_tasks = self.driver.weighting.num_tasks
         each, over = self._factors_before(usable)
+        apart = self.apart or not separates(run)
         factors = jnp.array(each).reshape(-1, num_tasks)
         one_at_a_time = [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
         wanted = self.selection.wanted(self._drop())
@@ -454,7 +466,7 @@ class _Update(NamedTuple):
         def add(total: list[Array], task: Any) -> tuple[list[Array], Measurement]:
             index, one_hot, factors, used = task
             # Transposing each loss by itself makes the program K times larger.
-            pull = lax.switch(index, one_at_a_time) if self.apart else run.pull_back(one_hot)
+            pull = lax.switch(index, one_at_a_time) if apart else run.pull_back(one_hot)
             grads = jax.tree.leaves(pull)
             terms = [
                 factor.astype(t.dtype) * g.astype(t.dtype)

@@ -105,7 +105,7 @@ def check_inexact(tree: Any, what: str, remedy: str) -> None:
             )
 
 
-def check_losses(losses: Any) -> None:
+def check_losses(losses: Any, has_aux: bool = False) -> None:
     """Raises ValueError on losses that are not K real scalars."""
     _check_no_aux(losses)
     leaves = jax.tree.leaves_with_path(losses, is_leaf=lambda leaf: leaf is None)
@@ -119,9 +119,11 @@ def check_losses(losses: Any) -> None:
                 "update with task_mask=, False for that task."
             )
     if len(leaves) == 1 and leaves[0][1] is losses and jnp.shape(losses) == ():
+        returned = "a pair whose first item is one scalar" if has_aux else "one scalar"
+        remedy = " With has_aux=True the first item holds all losses: ((loss_1, loss_2), aux)."
         raise ValueError(
-            "losses_fn returned one scalar; return the K task losses apart, as a tuple, a dict or "
-            "a [K] array, instead of their sum."
+            f"losses_fn returned {returned}; return the K task losses apart, as a tuple, a dict or "
+            f"a [K] array, instead of their sum.{remedy if has_aux else ''}"
         )
     for path, loss in leaves:
         shape = jnp.shape(loss)

@@ -223,7 +223,7 @@ class Factor(NamedTuple):
 
     def sizes_together(self) -> Array:
         """[tasks], the sum of the norms of all rows' gradients."""
-        rows = _norms_of_rows(self.cuts, self.known.num_rows) * self.known.sizes()
+        rows = _norms_of_rows(self.cuts, self.known.num_rows) * self.known.sizes()[None]
         return jnp.sum(rows, axis=_rest(rows))
 
 

@@ -59,9 +59,9 @@ def task_gradients(
         return pulled(run, functools.partial(_one_by_one, run), selection)
     # What is overwritten does not follow from the cotangents, which a cut goes by.
     program = None if any(selection.overwritten) else understood(run, num_tasks)
-    if program is None or (apart and run.apart and program.mixes()):
-        if reads is None and not apart:
-            return pulled(run, nothing, selection)
+    if program is None and reads is None and not apart:
+        return pulled(run, nothing, selection)
+    if program is None or not program.separates() or (apart and run.apart and program.mixes()):
         return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
     # One backward pass has one set of weights.
     once = not apart and program.is_linear() and selection.groups is None
@@ -162,3 +162,9 @@ def understood(run: Pass, num_tasks: int) -> Any:
     cotangents = [one] * num_tasks if run.apart else [jnp.ones_like(run.losses)]
     assert run.pull_back_apart is not None
     return Program(run.pull_back_apart, cotangents, num_tasks)
+
+
+def separates(run: Pass) -> bool:
+    """Whether a cotangent of 0 leaves a task out of the backward pass, as far as is known."""
+    program = None if run.pull_back_apart is None else understood(run, run.losses.shape[0])
+    return program is None or program.separates()

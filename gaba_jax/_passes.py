@@ -47,7 +47,7 @@ def whole(losses_of: Callable[[Any], Any], inputs: Any, has_aux: bool) -> Pass:
     def checked(inputs: Any) -> tuple[Any, Any]:
         out = losses_of(inputs)
         losses, aux = split_aux(out) if has_aux else (out, None)
-        check_losses(losses)
+        check_losses(losses, has_aux)
         return losses, aux
 
     losses, pushforward, aux = jax.linearize(checked, inputs, has_aux=True)
@@ -223,7 +223,9 @@ def _stack_losses(losses: Any) -> Array:
 def split_aux(out: Any) -> tuple[Any, Any]:
     """The pair that has_aux=True promises."""
     if not isinstance(out, tuple) or len(out) != 2:
+        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
         raise ValueError(
-            f"with has_aux=True losses_fn must return a pair (losses, aux), got {type(out)}."
+            f"with has_aux=True losses_fn must return a pair (losses, aux), got {got}. Return "
+            "((loss_1, loss_2), aux), or leave has_aux out where there is no aux."
         )
     return out

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import (
     ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  # since jax 0.12 another name of Jaxpr
-    Jaxpr,
     JaxprEqn,
     Literal,
     jaxpr_as_fun,
 )
 from jaxtyping import Array
+
+from gaba_jax._linearity import Value, bodies_of, follow
 
 # The tasks whose operations are one larger operation. More take more memory than they save time.
 _AT_ONCE = 4
@@ -70,18 +70,29 @@ class Program:
             for var in eqn.outvars:
                 self.made_by[var] = eqn
                 self._tasks[var] = reached
+        self._at_zero = follow(jaxpr, [Value(True, 0.0)] * len(jaxpr.invars))
 
     def tasks(self, var: Any) -> tuple[int, ...]:
         """The tasks whose cotangent reaches the variable."""
         return () if isinstance(var, Literal) else self._tasks.get(var, ())
 
+    def separates(self) -> bool:
+        """Whether a task whose cotangent does not reach a variable is 0 there, and in each leaf.
+
+        Else what a task has is told by passing it backward by itself alone.
+        """
+        unreached = [
+            var
+            for eqn in self._jaxpr.eqns
+            for var in eqn.invars
+            if self.tasks(var) and self.tasks(var) != self.tasks(eqn.outvars[0])
+        ]
+        return all(self._at_zero.of(var).number == 0 for var in (*unreached, *self.leaves))
+
     def is_linear(self) -> bool:
         """Whether the program is linear in the cotangents, as far as is known."""
-        for eqn in self._jaxpr.eqns:
-            fixed = [var for var in eqn.invars if not self.tasks(var)]
-            adds = eqn.primitive.name in ("add", "add_any", "sub") and self.tasks(eqn.outvars[0])
-            if adds and not all(map(self.is_zero, fixed)):
-                return False
+        if self._at_zero.rounds or not self.separates():
+            return False
         run = jaxpr_as_fun(ClosedJaxpr(self._jaxpr, list(self._constants.values())))
         try:
             transposed = jax.linear_transpose(run, *self._cotangents)
@@ -102,7 +113,7 @@ class Program:
         return any(
             set(self.tasks(var)) < set(self.tasks(eqn.outvars[0]))
             for eqn in self._jaxpr.eqns
-            if eqn.primitive.name in _BODIES or list(_bodies(eqn))
+            if eqn.primitive.name in _BODIES or bodies_of(eqn)
             for var in eqn.invars
             if self.tasks(var)
         )
@@ -208,15 +219,8 @@ class Program:
         known.update(zip(made, outs, strict=True))
 
     def is_zero(self, var: Any) -> bool:
-        if isinstance(var, Literal):
-            return bool(np.all(np.asarray(var.val) == 0))
-        eqn = self.made_by.get(var)
-        return (
-            eqn is not None
-            and eqn.primitive.name
-            in ("broadcast_in_dim", "convert_element_type", "reshape", "copy")
-            and self.is_zero(eqn.invars[0])
-        )
+        """Whether a variable that no cotangent reaches is 0, as far as is known."""
+        return not self.tasks(var) and self._at_zero.of(var).number == 0
 
 
 def _identity(cotangent: Array) -> Array:
@@ -240,13 +244,6 @@ def _for_each(run: Callable[..., Any], stacked: Sequence[Array]) -> list[Array]:
 
 def _reads(eqns: Sequence[JaxprEqn]) -> list[Any]:
     return [var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal)]
-
-
-def _bodies(eqn: JaxprEqn) -> Iterable[ClosedJaxpr | Jaxpr]:
-    for value in eqn.params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, ClosedJaxpr | Jaxpr):
-                yield part
 
 
 def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -275,7 +272,7 @@ def _evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
     for eqn in jaxpr.eqns:
         ins = map(read, eqn.invars)
         if _is_call(eqn):
-            (body,) = _bodies(eqn)
+            (body,) = bodies_of(eqn)
             body = body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, [])
             outs = _evaluate(body, *ins)
         else:
@@ -288,7 +285,7 @@ def _evaluate(closed: ClosedJaxpr, *args: Any) -> list[Any]:
 
 def _operations(eqn: JaxprEqn) -> int:
     """Floating-point operations, as far as they can be told from the shapes."""
-    bodies = list(_bodies(eqn))
+    bodies = bodies_of(eqn)
     if bodies:
         jaxprs = [body.jaxpr if isinstance(body, ClosedJaxpr) else body for body in bodies]
         total = max(sum(map(_operations, jaxpr.eqns)) for jaxpr in jaxprs)

@@ -392,7 +392,7 @@ def _factors(run: _passes.Pass, with_cosines: bool) -> tuple[list[Any], list[Any
     A leaf that has no gradient is None.
     """
     program = understood(run, 1)
-    if program is None:
+    if program is None or not program.separates():
         leaves = jax.tree.leaves(run.pull_back_one(0))
         return [None] * len(leaves), leaves
     from gaba_jax import _products

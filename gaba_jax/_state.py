@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from gaba_jax._checks import path_name
 from gaba_jax._selection import Selection
 from gaba_jax._statistics import (
     Measurement,
@@ -312,19 +313,20 @@ def _ask(weighting: Weighting, stats: TaskStats, state: Any) -> tuple[Array, Any
         with jax.numpy_rank_promotion("allow"):
             answer = weighting.update(stats._replace(**dict.fromkeys(missing)), state)
     except (AttributeError, KeyError, TypeError) as error:
-        if not missing:
+        if not missing or isinstance(error, jax.errors.JAXTypeError):
             raise
         raise ValueError(
-            f"{rule} raised {type(error).__name__}: {error}. It needs {names_of_needs(weighting)}; "
-            f"what a rule does not name in its needs is not measured: {', '.join(missing)} "
-            "are None, and only statistics that it names are in extra."
+            f"{rule} raised {type(error).__name__}: {error}. {_undeclared(weighting, missing)}"
         ) from error
     if not (isinstance(answer, tuple) and len(answer) == 2):
         raise ValueError(
             f"{rule} must return a pair (task_weights, state) from its update; it returned a "
             f"{type(answer).__name__}."
         )
-    weights, expected = jnp.asarray(answer[0], jnp.float32), jax.tree.structure(state)
+    returned: Any = answer[0]
+    if returned is None:
+        raise ValueError(f"{rule} returned None for its weights. {_undeclared(weighting, missing)}")
+    weights, expected = jnp.asarray(returned, jnp.float32), jax.tree.structure(state)
     if weights.shape != (weighting.num_tasks,):
         raise ValueError(
             f"{rule} must return weights of shape ({weighting.num_tasks},), one per task, from its "
@@ -335,7 +337,25 @@ def _ask(weighting: Weighting, stats: TaskStats, state: Any) -> tuple[Array, Any
             f"{rule} must return a state like that of its init, {expected}; its update returned "
             f"{jax.tree.structure(answer[1])}."
         )
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(answer[1]), strict=True
+    ):
+        was, is_ = ((str(t.dtype), t.shape) for t in (jax.typeof(old), jax.typeof(new)))
+        if was != is_:
+            raise ValueError(
+                f"{rule} must return a state like that of its init; leaf {path_name(path)!r} is "
+                f"{was[0]} of shape {was[1]} there, and its update returned {is_[0]} of shape "
+                f"{is_[1]}. Give it its dtype in init, and keep it in update."
+            )
     return weights, answer[1]
+
+
+def _undeclared(weighting: Weighting, missing: list[str]) -> str:
+    """What a rule gets that does not say what it needs, for a message."""
+    return (
+        f"It needs {names_of_needs(weighting)}; what a rule does not name in its needs is not "
+        f"measured: {', '.join(missing)} are None, and only statistics that it names are in extra."
+    )
 
 
 def _keep_absent(

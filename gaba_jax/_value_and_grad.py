@@ -31,7 +31,9 @@ def task_value_and_grad(
       has_aux: whether ``losses_fn`` returns ``(losses, aux)``.
       method: how the K backward passes run. "unroll" (default): one after the other in the
         program, fastest; "vmap": batched, the most memory; "scan": in a loop, for a program whose
-        size does not grow with K. The numbers are the same.
+        size does not grow with K. The numbers are the same, unless a ``jax.custom_vjp`` in the
+        model returns more than 0 for a cotangent of 0: then "unroll" gives each loss's own gradient
+        and the others what the losses together give.
       in_axes: where every task has examples of its own, the axes of the arguments after ``params``
         that hold the tasks, as in :func:`jax.vmap`: an integer for all arguments, or one entry for
         each, None for an argument that every task gets whole. ``losses_fn(params, *slice)`` then
@@ -44,6 +46,9 @@ def task_value_and_grad(
       A function of the same arguments that returns ``(losses, grads)``: losses [K], and grads with
       the structure of ``params`` and leaves [K, \*param.shape]. With ``has_aux``,
       ``((losses, aux), grads)``.
+
+      Inside ``jax.shard_map`` average each loss in ``losses_fn``, with ``jax.lax.pmean``: without
+      that the gradients are sums over the devices.
 
       A NaN in one task does not reach the gradients of the others under "unroll", where losses
       are returned separately (tuple, list, dict): each is transposed by itself. A stacked [K] array

@@ -684,6 +684,8 @@ def test_arguments(options, message):
 def test_wrong_weighting_and_losses():
     with pytest.raises(ValueError, match="weighting"):
         balanced_value_and_grad(losses_fn, "gaba")
+    with pytest.raises(ValueError, match=r"losses_fn came as a Weighting\. The function"):
+        balanced_value_and_grad(GABA2, losses_fn)
     balanced = balanced_value_and_grad(losses_fn, GABA2)
     with pytest.raises(ValueError, match=r"returned 3 losses, but the weighting has num_tasks=2"):
         balanced.value_and_grad(PARAMS, balanced.init(PARAMS), *BATCH)
@@ -695,6 +697,8 @@ def test_a_state_of_other_parameters():
     balanced = balanced_value_and_grad(losses_fn, GABA)
     with pytest.raises(ValueError, match=r"state is of 1 parameter leaves and 3 tasks, but there"):
         balanced.value_and_grad(PARAMS, balanced.init(jnp.ones(2)), *BATCH)
+    with pytest.raises(ValueError, match=r"params came as a BalanceState\. The parameters come"):
+        balanced.value_and_grad(balanced.init(PARAMS), PARAMS, *BATCH)
 
 
 @pytest.mark.slow

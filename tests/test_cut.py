@@ -25,7 +25,8 @@ from gaba_jax import (
     task_value_and_grad,
     weighting,
 )
-from tests.slow import rest_slow_of_several
+from tests.debugging import MODES
+from tests.slow import rest_slow, rest_slow_of_several
 
 # Rules that read norms, and cosines too.
 RULES = {"norms": weighting.inverse_norm}
@@ -561,6 +562,20 @@ def test_a_gradient_that_is_clipped_inside_the_model(make, container):
         (_, grads), state = step(params, state, x)
         np.testing.assert_allclose(state.task_weights, measured.task_weights, rtol=1e-5)
         assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("mode", rest_slow(MODES, fast=["rank_promotion"]))
+@pytest.mark.parametrize("options", [{}, {"groups": "leaf"}], ids=["whole", "groups"])
+def test_debugging_modes_where_leaves_are_factors(mode, options):
+    def fn(params, x):
+        h = jnp.tanh(x @ params["w"])
+        return tuple(mean_squares([h @ head for head in params["heads"]]))
+
+    params = {"w": normal(16, 24), "heads": [normal(24), normal(24)]}
+    assert factored_leaves(fn, params, normal(4, 16)) == ["w"]
+    with MODES[mode]():
+        for make in (weighting.inverse_norm, weighting.upgrad):
+            exact_step(fn, make(2), params, normal(4, 16), **options)
 
 
 @pytest.mark.slow

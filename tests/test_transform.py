@@ -436,6 +436,13 @@ def test_a_line_search_in_its_chain_raises():
     ("make", "message"),
     [
         (lambda: balance(weighting.uniform), "Call the rule first"),
+        (lambda: balance(equalize(2)), r"got an optax transform. Pass the rule itself, such as"),
+        (lambda: balance("gaba"), "got 'gaba'. Make one with a rule"),
+        (
+            lambda: equalize(2, ratios={"a": 1.0, "b": 2.0}),
+            r"ratios must be 2 numbers.*sorted keys",
+        ),
+        (lambda: gaba(task_priorities="12"), "task_priorities must be 2 numbers"),
         (
             lambda: balance(weighting.uniform(3)._replace(initial_weights=np.ones(2))),
             r"initial_weights must have shape \(3,\)",

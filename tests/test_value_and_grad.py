@@ -150,7 +150,9 @@ def test_a_loss_that_ignores_the_parameters_has_zero_gradient():
         (lambda w: (w.sum(), None), False, r"loss '1' is None.*task_mask="),
         (lambda w: w.astype(jnp.int32), False, "dtype int32"),
         (lambda w: {"a": w.sum() * 1j}, False, "loss 'a' has dtype complex64"),
-        (lambda w: w, True, "pair"),
+        (lambda w: w, True, "must return a pair .* or leave has_aux out"),
+        (lambda w: (w.sum(), w.mean(), w.max()), True, r"got a tuple of 3. Return \(\(loss_1"),
+        (lambda w: (w.sum(), w.mean()), True, "first item is one scalar.*has_aux=True the first"),
     ],
 )
 def test_wrong_losses(losses, has_aux, message):

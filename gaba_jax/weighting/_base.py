@@ -111,10 +111,13 @@ def check_not_negative(argument: str, value: Any) -> float | None:
 def check_weighting(weighting: Any) -> None:
     """Raises ValueError unless ``weighting`` is a Weighting with known needs."""
     if not isinstance(weighting, Weighting):
-        raise ValueError(
-            f"weighting must be a gaba_jax.weighting.Weighting, got {weighting!r}. "
-            "Call the rule first: balance(weighting.inverse_norm(3))."
-        )
+        got, remedy = repr(weighting), "Make one with a rule, such as weighting.inverse_norm(3)."
+        if isinstance(weighting, optax.GradientTransformation):
+            got = "an optax transform"
+            remedy = "Pass the rule itself, such as weighting.equalize(3) for gaba_jax.equalize(3)."
+        elif callable(weighting):
+            remedy = "Call the rule first: balance(weighting.inverse_norm(3))."
+        raise ValueError(f"weighting must be a gaba_jax.weighting.Weighting, got {got}. {remedy}")
     if not isinstance(weighting.needs, frozenset | set):
         raise ValueError(f'{weighting.needs=} must be a frozenset, such as frozenset({{"norms"}}).')
     statistics = statistics_of(weighting)
@@ -177,6 +180,12 @@ def task_vector(
     """A [K] vector as float32, finite and positive where it is concrete; None stays None."""
     if value is None:
         return None
+    if isinstance(value, dict | str | set):
+        raise ValueError(
+            f"{argument} must be {num_tasks} numbers, one per task in the order of the losses; got "
+            f"{value!r}. Of losses in a dict that is the order of its sorted keys "
+            "(gaba_jax.task_names)."
+        )
     vector = as_float32(value)
     if vector.shape != (num_tasks,):
         raise ValueError(

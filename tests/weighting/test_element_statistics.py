@@ -225,12 +225,44 @@ def test_reading_what_was_not_declared_names_the_weighting():
         (lambda stats, state: stats.norms, r"lambda> must return a pair \(task_weights, state\)"),
         (lambda stats, state: (stats.norms, {"a": 1}), r"lambda> must return a state like that"),
         (lambda stats, state: (stats.norms[:2], state), r"lambda> must return weights of shape"),
+        (lambda stats, state: (stats.losses, state), r"returned None .* needs norms;.*losses are"),
     ],
 )
 def test_a_rule_that_returns_something_else(update, message):
     rule = Weighting(K, frozenset({"norms"}), optax.EmptyState, update, np.ones(K))
     with pytest.raises(ValueError, match=message):
         measured("stacked", rule)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda count: count * 0.9,
+            r"leaf 'count' is int32 of shape \(\) .* float32 of shape \(\)",
+        ),
+        (lambda count: count + jnp.zeros(2, jnp.int32), r"returned int32 of shape \(2,\)"),
+    ],
+)
+def test_a_rule_whose_state_changes_its_type(change, message):
+    rule = Weighting(
+        K,
+        frozenset({"norms"}),
+        lambda: {"count": jnp.zeros([], jnp.int32)},
+        lambda stats, state: (stats.norms, {"count": change(state["count"])}),
+        np.ones(K),
+    )
+    with pytest.raises(ValueError, match=message):
+        measured("stacked", rule)
+
+
+def test_a_python_if_in_a_rule_is_what_jax_says_it_is():
+    def update(stats, state):
+        return (stats.norms if stats.norms[0] > 1 else 2 * stats.norms), state
+
+    rule = Weighting(K, frozenset({"norms"}), optax.EmptyState, update, np.ones(K))
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(lambda: measured("stacked", rule))()
 
 
 @pytest.mark.parametrize("way", ["stacked", "exact", "lagged"])
