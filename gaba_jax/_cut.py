@@ -181,9 +181,9 @@ class Lookup:
 
     def overlap(self, other: "Lookup") -> Array:
         """1 where the indices agree, [*rows, *rows of the other]."""
-        mine = (..., *[None] * other.rows.ndim)
-        same = self.rows[mine] == other.rows
-        return (same & self.valid[mine] & other.valid).astype(self.dtype)
+        mine, others = (..., *[None] * other.rows.ndim), (*[None] * self.rows.ndim, ...)
+        same = self.rows[mine] == other.rows[others]
+        return (same & self.valid[mine] & other.valid[others]).astype(self.dtype)
 
     def sizes(self) -> Array:
         """1 for each row."""
@@ -219,7 +219,7 @@ class Factor(NamedTuple):
     def products(self, other: "Factor") -> Array:
         """[tasks of this, tasks of the other], the inner products of their gradients."""
         through, axes = self.through(other), _rest(self.cuts)
-        return lax.map(lambda cut: jnp.sum(self.cuts * through(cut), axis=axes), other.cuts).T
+        return lax.map(lambda cut: jnp.sum(self.cuts * through(cut)[None], axis=axes), other.cuts).T
 
     def sizes_together(self) -> Array:
         """[tasks], the sum of the norms of all rows' gradients."""
@@ -255,7 +255,7 @@ class Factored(NamedTuple):
         cosines = None
         if with_cosines:
             divisor = jnp.where(root > 0, root, 1)
-            cosines = as_cosines(jnp.block(gram) / divisor[:, None] / divisor)
+            cosines = as_cosines(jnp.block(gram) / divisor[:, None] / divisor[None])
         return Look(root.astype(jnp.float32), cosines, in_doubt(root, most))
 
     def look_again(self, look: Look) -> Look:

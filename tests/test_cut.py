@@ -568,11 +568,11 @@ def test_a_gradient_that_is_clipped_inside_the_model(make, container):
 @pytest.mark.parametrize("options", [{}, {"groups": "leaf"}], ids=["whole", "groups"])
 def test_debugging_modes_where_leaves_are_factors(mode, options):
     def fn(params, x):
-        h = jnp.tanh(x @ params["w"])
+        h = jnp.tanh(x @ params["w"] + params["table"][jnp.arange(4)])
         return tuple(mean_squares([h @ head for head in params["heads"]]))
 
-    params = {"w": normal(16, 24), "heads": [normal(24), normal(24)]}
-    assert factored_leaves(fn, params, normal(4, 16)) == ["w"]
+    params = {"w": normal(16, 24), "table": normal(50, 24), "heads": [normal(24), normal(24)]}
+    assert sorted(factored_leaves(fn, params, normal(4, 16))) == ["table", "w"]
     with MODES[mode]():
         for make in (weighting.inverse_norm, weighting.upgrad):
             exact_step(fn, make(2), params, normal(4, 16), **options)
