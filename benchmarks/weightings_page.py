@@ -96,21 +96,7 @@ def table() -> str:
         f"{times['machine']}; jax {versions['jax']}, PyTorch {versions['torch'].split('+')[0]}, "
         f"TorchJD {versions['torchjd']}."
     )
-    return where + _later(times["results"]) + "\n\n" + "\n".join(lines) + "\n"
-
-
-def _later(times: dict[str, Any]) -> str:
-    """Which rules were timed in another run, and what the least rule took in it."""
-    rows = {size: times[size] for size in SIZES}
-    names = [name for name, row in rows[SIZES[0]].items() if "uniform_seconds" in row]
-    if not names:
-        return ""
-    took = [rows[size][names[0]]["uniform_seconds"] * 1e6 for size in SIZES]
-    each = ", ".join(f"`{name}`" for name in names)
-    return (
-        f" The times of {each} are of a later run, in which `uniform` took "
-        f"{took[0]:.0f}, {took[1]:.0f} and {took[2]:.0f} µs."
-    )
+    return where + "\n\n" + "\n".join(lines) + "\n"
 
 
 def tables() -> dict[str, str]:
