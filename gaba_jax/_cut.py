@@ -15,6 +15,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Bool
 
 from gaba_jax._checks import each_task
+from gaba_jax._linearity import keeps_digits
 from gaba_jax._meshes import placed
 from gaba_jax._program import Program, Rows
 from gaba_jax._statistics import Leaf, Look, Whole, as_cosines, norms_of, wide
@@ -80,7 +81,7 @@ def _find_terms(
     if eqn is None:
         return None
     name, path = eqn.primitive.name, (eqn, *after)
-    if name in _KEEPS_NORM and _is_real(eqn.invars[0]):
+    if name in _KEEPS_NORM and _is_real(eqn.invars[0]) and _keep_digits(eqn.invars[0], var):
         return _find_terms(program, eqn.invars[0], is_sum, path)
     if name == "add_any" and is_sum(eqn):
         # What stands after a sum stands after each of its parts.
@@ -123,6 +124,10 @@ def _is_lookup(program: Program, eqn: JaxprEqn) -> bool:
         and updates.shape[n:] == table.shape[1:]
         and _is_real(eqn.invars[2])
     )
+
+
+def _keep_digits(*variables: Any) -> bool:
+    return all(keeps_digits(var.aval.dtype) for var in variables)
 
 
 def _is_real(var: Any) -> bool:

@@ -64,7 +64,7 @@ def task_gradients(
     if program is None or not program.separates() or (apart and run.apart and program.mixes()):
         return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
     # One backward pass has one set of weights.
-    once = not apart and program.is_linear() and selection.groups is None
+    once = not apart and selection.groups is None and program.is_linear()
     if once and reads is None:
         return pulled(run, nothing, selection)
     from gaba_jax import _cut

@@ -81,13 +81,15 @@ class Program:
 
         Else what a task has is told by passing it backward by itself alone.
         """
-        unreached = [
-            var
-            for eqn in self._jaxpr.eqns
-            for var in eqn.invars
-            if self.tasks(var) and self.tasks(var) != self.tasks(eqn.outvars[0])
-        ]
+        unreached = [var for eqn in self._jaxpr.eqns for var in self._unreached(eqn)]
+        if any(self._unreached(eqn) for eqn in self._at_zero.loud):
+            return False
         return all(self._at_zero.of(var).number == 0 for var in (*unreached, *self.leaves))
+
+    def _unreached(self, eqn: JaxprEqn) -> list[Any]:
+        """The operands that some of the tasks of an operation do not reach."""
+        tasks = {task for var in eqn.invars for task in self.tasks(var)}
+        return [var for var in eqn.invars if self.tasks(var) and set(self.tasks(var)) < tasks]
 
     def is_linear(self) -> bool:
         """Whether the program is linear in the cotangents, as far as is known."""
@@ -111,11 +113,9 @@ class Program:
     def mixes(self) -> bool:
         """Whether an operation with a body of its own gets a zero for a task it does not serve."""
         return any(
-            set(self.tasks(var)) < set(self.tasks(eqn.outvars[0]))
+            self._unreached(eqn)
             for eqn in self._jaxpr.eqns
             if eqn.primitive.name in _BODIES or bodies_of(eqn)
-            for var in eqn.invars
-            if self.tasks(var)
         )
 
     def known(self, wanted: Iterable[Any]) -> dict[Any, Array]:

@@ -14,6 +14,7 @@ from tests.slow import rest_slow_of_several
 
 SIZE = 6
 FIXED = jnp.linspace(-1.0, 2.0, SIZE)
+KEY = jax.random.key(0)
 MATRIX = jnp.cos(jnp.arange(36.0)).reshape(SIZE, SIZE)
 
 
@@ -63,6 +64,34 @@ BACKWARD = {
     "ones added": (lambda g: jnp.tile(g, 2).at[0].add(1.0), False, False),
     "set": (lambda g: g.at[0].set(1.0), False, False),
     "nothing of it": (lambda g: FIXED, False, False),
+    "ones multiplied": (lambda g: jnp.ones(SIZE).at[0].multiply(g[0]), False, False),
+    "zeros multiplied": (lambda g: jnp.zeros(SIZE).at[0].multiply(g[0]), True, True),
+    "complex": (lambda g: (lax.complex(g, 0 * g) * (1 + 1j)).real, True, True),
+    "complex plus": (lambda g: (lax.complex(g, 0 * g + 0.1) * (1 + 1j)).real, False, False),
+    "looked up by it": (
+        lambda g: jnp.take(FIXED, (100 * g).astype(jnp.int32), mode="clip"),
+        False,
+        False,
+    ),
+    "or": (lambda g: 0.1 * (g.astype(bool) | (FIXED > 0)), False, False),
+    "shifted bits": (lambda g: (4 << g.astype(jnp.int32)).astype(jnp.float32), False, False),
+    "noise": (
+        lambda g: (
+            g + jax.random.normal(jax.random.fold_in(KEY, g.sum().astype(jnp.int32)), (SIZE,))
+        ),
+        False,
+        False,
+    ),
+    "a function of the host": (
+        lambda g: jax.pure_callback(np.cos, g, g, vmap_method="sequential"),
+        False,
+        False,
+    ),
+    "fp8": (lambda g: g.astype(jnp.float8_e5m2).astype(jnp.float32), False, True),
+    "whole numbers": (lambda g: g + (lax.div(g.astype(int) + 1, 2) * 2 - 1), False, False),
+    "NaN": (lambda g: lax.max(g, jnp.nan * jnp.ones(SIZE)), False, False),
+    "solved": (lambda g: jax.scipy.linalg.solve_triangular(MATRIX, g), True, True),
+    "over what may be 0": (lambda g: g / jnp.quantile(jnp.abs(g), 0.9), False, False),
 }
 
 
@@ -129,6 +158,21 @@ def crossed(params, x):
     return heads(params, one)[0], heads(params, other)[1]
 
 
+def crossed_in_a_body(params, x):
+    """What the second output adds on its way back is of no other loss."""
+    both = jax.custom_vjp(lambda h: (h, 2 * h))
+    both.defvjp(lambda h: (both(h), None), lambda _, g: (g[0] * jnp.cos(g[1]) + g[1],))
+    plus = with_backward(lambda g: g + 1)
+
+    @jax.checkpoint
+    def body(h):
+        one, other = both(h)
+        return one, plus(other)
+
+    one, other = body(jnp.tanh(x @ params["w"]))
+    return heads(params, one)[0], heads(params, other)[1]
+
+
 MODELS = {
     "auxiliary loss": auxiliary_loss,
     "auxiliary loss of one": auxiliary_loss_of_one,
@@ -137,6 +181,8 @@ MODELS = {
     "reduced precision": rounded(lambda g: lax.reduce_precision(g, 5, 2)),
     "shifted": rounded(lambda g: g + 0.01),
     "crossed": crossed,
+    "crossed in a body": crossed_in_a_body,
+    "fp8": rounded(lambda g: g.astype(jnp.float8_e5m2).astype(g.dtype)),
 }
 OPTIONS = {
     "exact": {},
@@ -208,3 +254,19 @@ def test_slices_have_what_their_own_backward_pass_gives():
     assert float(jnp.max(jnp.abs(expected["gate"]))) > 0.01
     for name in PARAMS:
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_printed(capfd):
+    """An operation without results, as in debugging."""
+
+    def show(g):
+        jax.debug.print("{}", jnp.sum(g * g))
+        return g
+
+    fn = rounded(show)
+    for rule, options in [(weighting.uniform(2), {}), (weighting.inverse_norm(2), {"every": 2})]:
+        balanced = balanced_value_and_grad(fn, rule, **options)
+        (_, found), state = balanced.value_and_grad(PARAMS, balanced.init(PARAMS), X)
+        _, grads = task_value_and_grad(fn)(PARAMS, X)
+        expected = jnp.tensordot(state.task_weights, grads["w"], 1)
+        np.testing.assert_allclose(found["w"], expected, rtol=1e-5, atol=1e-7)
