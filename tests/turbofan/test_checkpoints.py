@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole, exact, refused where they belong to another run."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -312,6 +313,7 @@ def refusal_of(folder, capfd):
         said = str(error)
     else:
         said = None
+    gc.collect()  # what orbax left of reads that it gave up, or that would fail a later test
     assert capfd.readouterr() == ("", "")
     assert "\n" not in (said or "")
     return said
@@ -338,6 +340,7 @@ def test_a_checkpoint_whose_json_is_wrong_is_refused_in_one_line(wrong, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own
 @pytest.mark.parametrize("damage", ["lost", "empty", "half", "noise"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_refused_in_one_line_or_not_needed(name, damage, tmp_path, capfd):
