@@ -458,7 +458,7 @@ class _Update(NamedTuple):
         """What is measured, and the sum over the usable tasks, one gradient at a time."""
         num_tasks = self.driver.weighting.num_tasks
         each, over = self._factors_before(usable)
-        apart = self.apart or not separates(run)
+        apart = self.apart or not separates(run, self.selection)
         factors = jnp.array(each).reshape(-1, num_tasks)
         one_at_a_time = [functools.partial(run.pull_back_one, i) for i in range(num_tasks)]
         wanted = self.selection.wanted(self._drop())

@@ -58,7 +58,7 @@ def task_gradients(
             return kept(whole_leaves(run.each_gradient()), num_tasks, selection)
         return pulled(run, functools.partial(_one_by_one, run), selection)
     # What is overwritten does not follow from the cotangents, which a cut goes by.
-    program = None if any(selection.overwritten) else understood(run, num_tasks)
+    program = None if any(selection.overwritten) else understood(run)
     if program is None and reads is None and not apart:
         return pulled(run, nothing, selection)
     if program is None or not program.separates() or (apart and run.apart and program.mixes()):
@@ -152,19 +152,20 @@ def of_tasks(each: Measurement) -> Measurement:
     return jax.tree.map(jnp.transpose, each)
 
 
-def understood(run: Pass, num_tasks: int) -> Any:
+def understood(run: Pass) -> Any:
     """The backward pass as a program; None where this JAX's is not understood."""
     try:
         from gaba_jax._program import Program
     except ImportError:  # jax.extend may change
         return None
-    one = jnp.ones_like(run.losses[0])
+    num_tasks, one = run.losses.shape[0], jnp.ones_like(run.losses[0])
     cotangents = [one] * num_tasks if run.apart else [jnp.ones_like(run.losses)]
     assert run.pull_back_apart is not None
     return Program(run.pull_back_apart, cotangents, num_tasks)
 
 
-def separates(run: Pass) -> bool:
+def separates(run: Pass, selection: Selection) -> bool:
     """Whether a cotangent of 0 leaves a task out of the backward pass, as far as is known."""
-    program = None if run.pull_back_apart is None else understood(run, run.losses.shape[0])
+    unknown = run.pull_back_apart is None or any(selection.overwritten)
+    program = None if unknown else understood(run)
     return program is None or program.separates()

@@ -133,7 +133,7 @@ class _Done(NamedTuple):
 def _follow_eqn(eqn: JaxprEqn, ins: list[Value]) -> _Done:
     params, name = eqn.params, eqn.primitive.name
     if name == "scan":
-        body = _open(params["jaxpr"])
+        body = opened(params["jaxpr"])
         # What is sliced, or stacked, has an axis more outside; the names of parameters change.
         carried = sum(map(_same_shape, eqn.outvars, body.outvars))
         sliced = len(ins) - sum(map(_same_shape, eqn.invars, body.invars))
@@ -150,7 +150,7 @@ def _follow_eqn(eqn: JaxprEqn, ins: list[Value]) -> _Done:
             outs = [value._replace(moves=True) for value in outs]
         return _Done(outs, any(d.rounds for d in each), any(d.loud for d in each))
     bodies = bodies_of(eqn)
-    if len(bodies) == 1 and len(_open(bodies[0]).invars) == len(ins):
+    if len(bodies) == 1 and len(opened(bodies[0]).invars) == len(ins):
         return _body(bodies[0], ins)
     moves = any(value.moves for value in ins)
     value = Value(moves, _number(eqn, ins))
@@ -229,7 +229,7 @@ def _loop(body: Any, fixed: list[Value], carried: list[Value], each: list[Value]
 
 
 def _body(body: ClosedJaxpr | Jaxpr, ins: Sequence[Value]) -> _Done:
-    jaxpr = _open(body)
+    jaxpr = opened(body)
     found = follow(jaxpr, ins)
     loud = bool(found.loud) or any(v.moves and v.number != 0 for v in found.values.values())
     return _Done([found.of(var) for var in jaxpr.outvars], found.rounds, loud)
@@ -250,5 +250,6 @@ def bodies_of(eqn: JaxprEqn) -> list[ClosedJaxpr | Jaxpr]:
     return [part for part in parts if isinstance(part, ClosedJaxpr | Jaxpr)]
 
 
-def _open(body: ClosedJaxpr | Jaxpr) -> Jaxpr:
+def opened(body: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    """The program without its constants."""
     return body.jaxpr if isinstance(body, ClosedJaxpr) else body

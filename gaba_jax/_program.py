@@ -17,7 +17,7 @@ from jax.extend.core import (
 )
 from jaxtyping import Array
 
-from gaba_jax._linearity import Value, bodies_of, follow
+from gaba_jax._linearity import Value, bodies_of, follow, opened
 
 # The tasks whose operations are one larger operation. More take more memory than they save time.
 _AT_ONCE = 4
@@ -287,8 +287,7 @@ def _operations(eqn: JaxprEqn) -> int:
     """Floating-point operations, as far as they can be told from the shapes."""
     bodies = bodies_of(eqn)
     if bodies:
-        jaxprs = [body.jaxpr if isinstance(body, ClosedJaxpr) else body for body in bodies]
-        total = max(sum(map(_operations, jaxpr.eqns)) for jaxpr in jaxprs)
+        total = max(sum(map(_operations, opened(body).eqns)) for body in bodies)
         return total * eqn.params.get("length", 1)
     shapes: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
     size = sum(math.prod(getattr(var.aval, "shape", ())) for var in eqn.outvars)

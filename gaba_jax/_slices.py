@@ -267,7 +267,7 @@ class Sliced(NamedTuple):
         found = []
 
         def one(*slice_: Any) -> Array:
-            program = understood(self._forward(params, *slice_), 1)
+            program = understood(self._forward(params, *slice_))
             found.append(program is not None and program.is_linear())
             return jnp.zeros([])
 
@@ -391,7 +391,7 @@ def _factors(run: _passes.Pass, with_cosines: bool) -> tuple[list[Any], list[Any
 
     A leaf that has no gradient is None.
     """
-    program = understood(run, 1)
+    program = understood(run)
     if program is None or not program.separates():
         leaves = jax.tree.leaves(run.pull_back_one(0))
         return [None] * len(leaves), leaves

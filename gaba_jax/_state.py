@@ -340,12 +340,12 @@ def _ask(weighting: Weighting, stats: TaskStats, state: Any) -> tuple[Array, Any
     for (path, old), new in zip(
         jax.tree.leaves_with_path(state), jax.tree.leaves(answer[1]), strict=True
     ):
-        was, is_ = ((str(t.dtype), t.shape) for t in (jax.typeof(old), jax.typeof(new)))
-        if was != is_:
+        was, now = ((str(t.dtype), t.shape) for t in (jax.typeof(old), jax.typeof(new)))
+        if was != now:
             raise ValueError(
                 f"{rule} must return a state like that of its init; leaf {path_name(path)!r} is "
-                f"{was[0]} of shape {was[1]} there, and its update returned {is_[0]} of shape "
-                f"{is_[1]}. Give it its dtype in init, and keep it in update."
+                f"{was[0]} of shape {was[1]} there, and its update returned {now[0]} of shape "
+                f"{now[1]}. Give it its dtype in init, and keep it in update."
             )
     return weights, answer[1]
 

@@ -111,7 +111,7 @@ def factored_leaves(fn, params, *args):
 
     def look(params, *args):
         run = _passes.whole(lambda p: fn(p, *args), params, False)
-        program = _gradients.understood(run, run.losses.shape[0])
+        program = _gradients.understood(run)
         terms = [_cut.leaf_terms(program, leaf) for leaf in program.leaves]
         paths = [path for path, _ in jax.tree.leaves_with_path(params)]
         found.extend(
